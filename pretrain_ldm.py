@@ -1,0 +1,299 @@
+"""Trains the small latent diffusion model that `ppo_ldm_sr.py` steers: an autoencoder, then a U-Net that denoises
+latents beside the LR image. Writes diffusers' folder layout (`unet/`, `vqvae/`, `scheduler/`) in fp16 safetensors.
+
+    python pretrain_ldm.py --dataset data/wide256 data/paper8 runs/scenes --minutes-autoencoder 30 --minutes-unet 60
+
+A second call with --resume goes on from the weights in --output for as many minutes more.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+from ppo_ldm_sr import Scenes, downscale, has_bf16, load_lpips, load_scenes, pick_device, say
+
+
+@dataclass
+class Args:
+    dataset: tuple[str, ...] = ("runs/scenes",)
+    """image folders split/scene/*.jpg or Hub names; every scene of their train splits is used"""
+    small_share: float = 0.05
+    """share of crops drawn from datasets after the first two (the synthetic scenes)"""
+    output: str = "runs/ldm_x4"
+    """folder to write, in diffusers' layout"""
+    minutes_autoencoder: float = 30.0
+    """minutes to train the autoencoder (0: keep it as it is)"""
+    minutes_unet: float = 60.0
+    """minutes to train the U-Net (0: keep it as it is)"""
+    resume: bool = False
+    """go on from the weights in --output"""
+    lpips_weights: str | None = None
+    """AlexNet for LPIPS where it is neither cached nor downloadable"""
+    crop: int = 128
+    """px of a U-Net training crop"""
+    batch_autoencoder: int = 16
+    """64 px crops of a step of the autoencoder"""
+    batch_unet: int = 32
+    """crops of a step of the U-Net"""
+    lr_autoencoder: float = 2e-3
+    """learning rate of the autoencoder"""
+    lr_unet: float = 6e-4
+    """learning rate of the U-Net"""
+    compile: bool = False
+    """torch.compile the training steps (on a CPU about 1.3 times as fast after a minute of compiling)"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    seed: int = 42
+    """seed of weights, crops and noise"""
+
+
+LATENT_CHANNELS = 8
+
+
+def make_autoencoder() -> nn.Module:
+    """4x autoencoder of convolutional blocks with pixel-unshuffle shortcuts (arXiv 2410.10733), 1.7 M parameters."""
+    from diffusers import AutoencoderDC
+
+    return AutoencoderDC(
+        latent_channels=LATENT_CHANNELS,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(32, 64, 128),
+        decoder_block_out_channels=(32, 64, 128),
+        encoder_layers_per_block=(0, 1, 2),
+        decoder_layers_per_block=(0, 1, 2),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        downsample_block_type="pixel_unshuffle",
+        upsample_block_type="pixel_shuffle",
+        scaling_factor=1.0,
+    )
+
+
+def make_unet() -> nn.Module:
+    """U-Net on latents and LR image (concatenated, as in CompVis' model), 5 M parameters."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=LATENT_CHANNELS + 3,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 128, 160),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 3,
+        up_block_types=("UpBlock2D",) * 3,
+    )
+
+
+def make_scheduler():
+    """Cosine schedule with velocity prediction: the first call, at pure noise, then is the posterior mean."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"
+    )
+
+
+class Crops:
+    """Random training crops of several datasets: the first two by their number of images, the rest a small share."""
+
+    def __init__(self, args: Args, device: torch.device):
+        self.sets: list[Scenes] = [load_scenes(name, "train", min_side=args.crop).to(device) for name in args.dataset]
+        weight = [float(len(scenes)) for scenes in self.sets]
+        small = sum(weight[2:])
+        if small:
+            weight = weight[:2] + [w / small * args.small_share / (1 - args.small_share) * sum(weight[:2]) for w in weight[2:]]
+        self.weight = torch.tensor(weight)
+        self.generator = torch.Generator().manual_seed(args.seed + int(time.time()) * args.resume)
+        for name, scenes in zip(args.dataset, self.sets):
+            say(f"data: {name}: {len(scenes)} training images, {len(scenes.names)} scenes")
+
+    def __call__(self, n: int, size: int) -> torch.Tensor:
+        """(n, 3, size, size) in [0, 1]."""
+        which = torch.multinomial(self.weight, n, replacement=True, generator=self.generator)
+        batch = []
+        for i, scenes in enumerate(self.sets):
+            count = int((which == i).sum())
+            if count:
+                index = torch.randint(len(scenes), (count,), generator=self.generator).to(scenes.pixels.device)
+                batch.append(scenes.crops(index, size, self.generator))
+        return torch.cat(batch).contiguous(memory_format=torch.channels_last)
+
+
+class Average:
+    """Exponential moving average of a model's weights, kept in float32."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.999):
+        self.decay, self.steps = decay, 0
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 10))
+        for name, value in model.state_dict().items():
+            self.weights[name].lerp_(value, 1 - decay)
+
+
+def save_part(weights: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> None:
+    """Writes config.json and fp16 safetensors under a temporary name first, so that a kill leaves the old file."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_config(folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({k: v.half().contiguous() for k, v in weights.items()}, file.with_suffix(".part"), metadata={"format": "pt"})
+    os.replace(file.with_suffix(".part"), file)
+
+
+def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch: int, folder: Path, writer, start: int) -> int:
+    """AdamW with warm-up, constant rate and a cosine end, for `minutes`; saves every five minutes.
+
+    Args:
+        loss_of: () -> (scalar loss, dict of figures for TensorBoard)
+        start: training samples seen before this stretch
+    Returns:
+        samples seen after it; the model then holds the averaged weights
+    """
+    from tqdm import tqdm
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))
+    average = Average(model)
+    began = saved = time.time()
+    seconds, seen, step, smooth = minutes * 60, start, 0, None
+    bar = tqdm(total=round(seconds), desc=name, unit="s", mininterval=5, bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}")
+    while time.time() - began < seconds:
+        progress = (time.time() - began) / seconds
+        rate = lr * min(1, (step + 1) / 200) * (1 if progress < 0.5 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 0.5) / 0.5)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, figures = loss_of()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model)
+        step, seen = step + 1, seen + batch
+        if step % 50 == 0:
+            value = loss.item()
+            if not math.isfinite(value):
+                sys.exit(f"error: the {name}'s loss is {value} after {seen} samples; lower its learning rate and go on with --resume")
+            smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
+            for key, figure in {"loss": smooth, "learning_rate": rate, **figures}.items():
+                writer.add_scalar(f"{name}/{key}", float(figure), seen)
+            now = time.time()
+            bar.n = min(round(now - began), round(seconds))
+            bar.set_postfix_str(f"loss {smooth:.4f}, {seen} samples, {(seen - start) / (now - began):.0f}/s")
+        if time.time() - saved > 300:
+            saved = time.time()
+            save_part(average.weights, model, folder)
+    bar.close()
+    model.load_state_dict(average.weights)
+    save_part(average.weights, model, folder)
+    return seen
+
+
+def main(args: Args) -> None:
+    from diffusers import AutoencoderDC, UNet2DModel
+    from torch.utils.tensorboard import SummaryWriter
+
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    amp = has_bf16(device)
+    output = Path(args.output)
+    say(f"device: {device.type}, {'bf16 autocast' if amp else 'fp32'}")
+    crops = Crops(args, device)
+    log_file = output / "training.json"
+    log = json.loads(log_file.read_text()) if args.resume and log_file.is_file() else {"stretches": [], "autoencoder": 0, "unet": 0}
+    if args.resume and (output / "vqvae").is_dir():
+        vae = AutoencoderDC.from_pretrained(output / "vqvae", torch_dtype=torch.float32)
+    elif (output / "vqvae").is_dir() and not args.resume:
+        sys.exit(f"error: {output} holds a model; go on with --resume or name another --output")
+    else:
+        vae = make_autoencoder()
+    unet = UNet2DModel.from_pretrained(output / "unet", torch_dtype=torch.float32) if args.resume and (output / "unet").is_dir() else make_unet()
+    vae, unet = (m.to(device, memory_format=torch.channels_last) for m in (vae, unet))
+    scheduler = make_scheduler()
+    output.mkdir(parents=True, exist_ok=True)
+    scheduler.save_config(output / "scheduler")
+    index = {"_class_name": "LDMSuperResolutionPipeline", "vqvae": ["diffusers", "AutoencoderDC"], "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    writer = SummaryWriter(f"{output}_log")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    compiled = torch.compile if args.compile else (lambda module: module)
+
+    if args.minutes_autoencoder > 0:
+        lpips, source = load_lpips(args.lpips_weights)
+        say(f"LPIPS: {source}")
+        autoencode = compiled(vae.decode)
+        encode = compiled(vae.encode)
+        lpips = lpips and lpips.to(device, memory_format=torch.channels_last)
+
+        def loss_of_autoencoder():
+            image = crops(args.batch_autoencoder, 64) * 2 - 1
+            with autocast:
+                latents = encode(image, return_dict=False)[0]
+                noisy = latents + 0.02 * torch.randn_like(latents)
+                output = autoencode(noisy, return_dict=False)[0].float()
+                # a 64 px crop is small for AlexNet, but enough for texture
+                perceptual = lpips(output, image).mean().float() if lpips else output.new_zeros(())
+            latents, error = latents.float(), output - image
+            spread = (latents.var(dim=(0, 2, 3)) - 1).square().mean() + latents.mean(dim=(0, 2, 3)).square().mean()
+            loss = error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual + 0.01 * spread
+            psnr = 10 * torch.log10(4 / error.detach().square().mean())
+            return loss, {"psnr": psnr, "lpips": perceptual.detach(), "spread": spread.detach()}
+
+        log["autoencoder"] = train("autoencoder", vae, loss_of_autoencoder, args.minutes_autoencoder, args.lr_autoencoder, args.batch_autoencoder, output / "vqvae", writer, log["autoencoder"])
+        log["stretches"].append({"autoencoder_minutes": args.minutes_autoencoder, "autoencoder_samples": log["autoencoder"]})
+        log_file.write_text(json.dumps(log, indent=2) + "\n")
+
+    if args.minutes_unet > 0:
+        vae.requires_grad_(False)
+        alphas = scheduler.alphas_cumprod.to(device)
+        denoise = compiled(unet)
+
+        @torch.no_grad()
+        def encode_crops(n: int):
+            image = crops(n, args.crop)
+            with autocast:
+                latents = vae.encode(image * 2 - 1, return_dict=False)[0]
+            return latents.half(), (downscale(image) * 2 - 1).half()
+
+        # a pool of encoded crops, a quarter of a batch of which is renewed at every step: a crop is seen about
+        # four times, each time with other noise, and the encoder costs a quarter of what it would
+        pool = [torch.cat(parts) for parts in zip(*(encode_crops(64) for _ in range(64)))]
+
+        def loss_of_unet():
+            renew = args.batch_unet // 4
+            slot = torch.randint(len(pool[0]), (renew,))
+            for part, new in zip(pool, encode_crops(renew)):
+                part[slot] = new
+            pick = torch.randint(len(pool[0]), (args.batch_unet,))
+            latents, lr = (part[pick].float() for part in pool)
+            t = torch.randint(scheduler.config.num_train_timesteps, (args.batch_unet,), device=device)
+            noise = torch.randn_like(latents)
+            alpha = alphas[t].view(-1, 1, 1, 1)
+            noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+            velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents  # v-prediction: arXiv 2202.00512, eq. 12
+            with autocast:
+                output = denoise(torch.cat([noisy, lr], 1).contiguous(memory_format=torch.channels_last), t, return_dict=False)[0]
+            return F.mse_loss(output.float(), velocity), {}
+
+        log["unet"] = train("unet", unet, loss_of_unet, args.minutes_unet, args.lr_unet, args.batch_unet, output / "unet", writer, log["unet"])
+        log["stretches"].append({"unet_minutes": args.minutes_unet, "unet_samples": log["unet"]})
+        log_file.write_text(json.dumps(log, indent=2) + "\n")
+    writer.close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
