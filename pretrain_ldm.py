@@ -11,16 +11,17 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
 
-from ppo_ldm_sr import Scenes, downscale, has_bf16, load_lpips, load_scenes, pick_device, say
+import ppo_ldm_sr as orl
+from ppo_ldm_sr import downscale
+from sr_inputs import Scenes, has_bf16, load_lpips, load_scenes, pick_device, say
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Args:
     """learning rate of the autoencoder"""
     lr_unet: float = 6e-4
     """learning rate of the U-Net"""
+    report_images: int = 48
+    """test images of each dataset for the figures at the end"""
     compile: bool = False
     """torch.compile the training steps (on a CPU about 1.3 times as fast after a minute of compiling)"""
     device: str = "auto"
@@ -114,7 +117,7 @@ class Crops:
         if small:
             weight = weight[:2] + [w / small * args.small_share / (1 - args.small_share) * sum(weight[:2]) for w in weight[2:]]
         self.weight = torch.tensor(weight)
-        self.generator = torch.Generator().manual_seed(args.seed + int(time.time()) * args.resume)
+        self.generator = torch.Generator().manual_seed(args.seed if not args.resume else int(time.time()))
         for name, scenes in zip(args.dataset, self.sets):
             say(f"data: {name}: {len(scenes)} training images, {len(scenes.names)} scenes")
 
@@ -167,7 +170,7 @@ def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch
     """
     from tqdm import tqdm
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
     average = Average(model)
     began = saved = time.time()
     seconds, seen, step, smooth = minutes * 60, start, 0, None
@@ -203,11 +206,49 @@ def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch
     return seen
 
 
+def pca_yardstick(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+    """`test` (n, 3, H, W) through a linear autoencoder of as many channels: the PCA of 4 x 4 patches of `train`."""
+    patches = F.pixel_unshuffle(train, 4).permute(0, 2, 3, 1).reshape(-1, 48)
+    mean = patches.mean(0)
+    basis = torch.linalg.eigh((patches - mean).T @ (patches - mean)).eigenvectors[:, -LATENT_CHANNELS:]
+    codes = (F.pixel_unshuffle(test, 4).permute(0, 2, 3, 1) - mean) @ basis
+    return F.pixel_shuffle((codes @ basis.T + mean).permute(0, 3, 1, 2), 4).clamp(0, 1)
+
+
+@torch.inference_mode()
+def report(args: Args, crops: Crops, device: torch.device) -> str:
+    """Test-set figures of the model in --output: reconstruction, and plain DDIM at several numbers of steps."""
+    ldm, reward = orl.load_ldm(args.output, device), orl.Reward(load_lpips(args.lpips_weights), device)
+    train = crops(512, args.crop)
+    lines = ["| images | what | PSNR (dB) | SSIM | LPIPS |", "|---|---|---|---|---|"]
+
+    def line(title: str, what: str, found: dict) -> None:
+        lines.append(f"| {title} | {what} | {found['psnr'].mean():.2f} | {found['ssim'].mean():.3f} | {found['lpips'].mean():.3f} |")
+
+    for name in args.dataset:
+        test = load_scenes(name, "test", min_side=args.crop).to(device)
+        indices = range(0, len(test), -(-len(test) // args.report_images))
+        hr = torch.cat([test.image(i, crop=args.crop) for i in indices])
+        title = f"{test.title}, {len(indices)} test images, centre {args.crop} px"
+        for what, sr in {
+            "bicubic": orl.upscale(downscale(hr)),
+            f"PCA of 4 x 4 patches, {LATENT_CHANNELS} channels": pca_yardstick(train, hr),
+            "autoencoder": torch.cat([ldm.decode(ldm.encode(part)) for part in hr.split(16)]),
+        }.items():
+            line(title, what, reward.metrics(sr, hr))
+        consistent = torch.tensor([0, 0, 0, 1.0, 0])
+        for steps in (1, 2, 4, 10, 100):
+            mdp = orl.Denoising(ldm, steps, steps)
+            for what, action in {"": orl.PLAIN, " + consistency": consistent}.items():
+                found = orl.evaluate(mdp, test, reward, orl.constant_policy(action), indices, args.crop)
+                line(title, f"plain DDIM, {steps} step(s){what}", found)
+    return "\n".join(lines)
+
+
 def main(args: Args) -> None:
     from diffusers import AutoencoderDC, UNet2DModel
     from torch.utils.tensorboard import SummaryWriter
 
-    torch.manual_seed(args.seed)
     device = pick_device(args.device)
     amp = has_bf16(device)
     output = Path(args.output)
@@ -215,6 +256,7 @@ def main(args: Args) -> None:
     crops = Crops(args, device)
     log_file = output / "training.json"
     log = json.loads(log_file.read_text()) if args.resume and log_file.is_file() else {"stretches": [], "autoencoder": 0, "unet": 0}
+    torch.manual_seed(args.seed + log["autoencoder"] + log["unet"])  # a later stretch draws other noise
     if args.resume and (output / "vqvae").is_dir():
         vae = AutoencoderDC.from_pretrained(output / "vqvae", torch_dtype=torch.float32)
     elif (output / "vqvae").is_dir() and not args.resume:
@@ -293,6 +335,9 @@ def main(args: Args) -> None:
         log["stretches"].append({"unet_minutes": args.minutes_unet, "unet_samples": log["unet"]})
         log_file.write_text(json.dumps(log, indent=2) + "\n")
     writer.close()
+    table = report(args, crops, device)
+    (output / "figures.md").write_text(f"After {log['autoencoder']} crops (autoencoder) and {log['unet']} crops (U-Net):\n\n{table}\n")
+    say(f"\n{table}\n\nwritten to {output}; next: python ppo_ldm_sr.py --ldm {output}")
 
 
 if __name__ == "__main__":

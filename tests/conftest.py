@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"  # real images and LPIPS weights, where a developer has them
 if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
     os.environ["TORCH_HOME"] = str(SHARED / "torch_home")
-torch.set_num_threads(2)
 
 
 def tiny_ldm(folder, prediction_type="epsilon", latent_channels=3, spacing="leading"):

@@ -1,0 +1,460 @@
+"""Evaluates an agent that `ppo_ldm_sr.py` trained: the per-scene table with and without it, and the pictures.
+
+    python eval_sr.py                                        # runs/orl_ldm on the images that it was trained for
+    python eval_sr.py --agent runs/NAME --dataset data/paper8 --crop 128
+    python eval_sr.py --images photo.png folder/             # super-resolves your own LR images, 4x, no metrics
+
+Every method sees the same images and the same noise. `bicubic` is the floor, `autoencoder` (the HR image encoded and
+decoded) the ceiling; `ldm` is the plain LDM at 100 steps, `ldm_same_calls` with as many calls as the agent spends on
+the image, `constant` the best constant action, `agent` the LDM steered by the agent.
+"""
+
+import csv
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+import ppo_ldm_sr as orl
+import sr_inputs
+from ppo_ldm_sr import PLAIN, Denoising, constant_policy, downscale, noise_for, upscale
+from sr_inputs import Scenes, say, stop
+
+METHODS = {
+    "bicubic": "bicubic",
+    "ldm": "LDM without RL, 100 steps",
+    "ldm_same_calls": "LDM without RL, the agent's calls",
+    "constant": "LDM, best constant action",
+    "agent": "LDM with RL",
+    "autoencoder": "autoencoder (ceiling)",
+}
+COLUMNS = ("scene", "image", "method", "psnr", "ssim", "lpips", "calls", "seconds", "lr_psnr")
+BETTER = {"psnr": 1, "ssim": 1, "lpips": -1, "reward": 1}  # the sign of an improvement
+
+
+@dataclass
+class Args:
+    agent: str = "runs/orl_ldm"
+    """run folder of the agent"""
+    ldm: str | None = None
+    """LDM that the agent was trained with (default: as its run folder says)"""
+    dataset: str | None = None
+    """image folder split/scene/*.jpg, Hub name or auto (default: the agent's own, or auto where that is missing)"""
+    split: str = "test"
+    """split of the dataset"""
+    scenes: tuple[str, ...] = ()
+    """scenes to evaluate (default: those that the agent was trained on, where the dataset has them, else all)"""
+    crop: int = 0
+    """px of the centre that is evaluated; 0: the whole image"""
+    limit: int = 0
+    """images a scene at most; 0: all"""
+    output: str | None = None
+    """folder for table.md, table.csv, figure.png and reward.png (default: the agent's run folder)"""
+    images: tuple[str, ...] = ()
+    """LR images or folders of your own: writes NAME_sr.png, 4x as large, into --output (default: beside each image)"""
+    tile: int = 128
+    """LR px of a tile for --images; larger images are tiled"""
+    batch_size: int = 16
+    """images (or tiles) denoised at once"""
+    lpips_weights: str | None = None
+    """file of torchvision's AlexNet where it is neither cached nor downloadable"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    seed: int = 0
+    """seed of the noise"""
+
+
+# ------------------------------------------------------------------------------------------------ table
+
+
+def search_constant(mdp: Denoising, scenes: Scenes, reward: orl.Reward, crop: int, seed: int, images=48, candidates=48):
+    """The best constant action on training crops: random search, then a local one -> action (5,), its mean reward."""
+    draw = torch.Generator().manual_seed(seed)
+    hr = scenes.crops(torch.randint(len(scenes), (images,), generator=draw), crop, draw)
+    lr = downscale(hr)
+    z = torch.randn(images, mdp.ldm.latent_channels, crop // 4, crop // 4, generator=draw).to(hr.device)
+
+    def score(action: torch.Tensor, n: int) -> float:
+        total = 0.0
+        for part in torch.arange(n).split(24):
+            sr, calls, _ = mdp.super_resolve(lr[part], z[part], constant_policy(action))
+            total += float(reward(reward.metrics(sr, hr[part]), calls).sum())
+        return total / n
+
+    # the components' ranges, in units of the Gaussian action
+    low, high = orl.action_range()
+    found = [PLAIN, *(low + (high - low) * torch.rand(candidates, len(low), generator=draw))]
+    found = sorted(found, key=lambda action: -score(action, images // 3))[: candidates // 6]
+    best_score, best = max(((score(action, images), action) for action in found), key=lambda pair: pair[0])
+    for spread in (0.2, 0.1, 0.05):
+        for _ in range(candidates // 6):
+            trial = best + spread * (high - low) * torch.randn(len(low), generator=draw)
+            trial = torch.minimum(torch.maximum(trial, low), high)
+            trial_score = score(trial, images)
+            if trial_score > best_score:
+                best_score, best = trial_score, trial
+    return best, best_score
+
+
+def super_resolve_all(mdp: Denoising, lr, hr, z, agent, constant):
+    """One batch by every method -> {method: (SR, calls (n,), seconds per image)}, the agent's decisions."""
+    results, n, clock = {}, len(lr), time.perf_counter()
+
+    def lap(method: str, sr: torch.Tensor, calls: torch.Tensor) -> None:
+        nonlocal clock
+        if sr.is_cuda:
+            torch.cuda.synchronize()
+        results[method] = (sr, calls, (time.perf_counter() - clock) / n)
+        clock = time.perf_counter()
+
+    def plain(steps: int, group=slice(None)):
+        return Denoising(mdp.ldm, steps, steps).super_resolve(lr[group], z[group], constant_policy(PLAIN))[:2]
+
+    none = torch.zeros(n, dtype=torch.long, device=lr.device)
+    lap("bicubic", upscale(lr).clamp(0, 1), none)
+    sr, calls, trace = mdp.super_resolve(lr, z, agent.mean)
+    lap("agent", sr, calls)
+    lap("ldm", *plain(100))
+    same = torch.empty_like(hr)
+    for k in calls.unique().tolist():
+        same[calls == k] = plain(k, calls == k)[0]
+    lap("ldm_same_calls", same, calls)
+    if constant is not None:
+        lap("constant", *mdp.super_resolve(lr, z, constant_policy(constant))[:2])
+    lap("autoencoder", mdp.ldm.decode(mdp.ldm.encode(hr)), none)
+    return results, trace
+
+
+@torch.inference_mode()
+def measure(args: Args, mdp: Denoising, scenes: Scenes, reward: orl.Reward, agent, constant, indices):
+    """Every method on every image -> rows (dicts with COLUMNS, reward and the image's index), the agent's decisions."""
+    rows, decisions = [], []
+    progress = tqdm(total=len(indices), unit="image", dynamic_ncols=True, leave=False)
+    for part, hr in orl.batches(scenes, indices, 4 * mdp.ldm.stride, args.crop, args.batch_size):
+        lr = downscale(hr)
+        z = noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
+        results, trace = super_resolve_all(mdp, lr, hr, z, agent, constant)
+        for method, (sr, calls, seconds) in results.items():
+            found = reward.metrics(sr, hr)
+            found |= {"reward": reward(found, calls), "lr_psnr": orl.peak_signal_to_noise_ratio(downscale(sr), lr)}
+            for j, i in enumerate(part):
+                row = {"scene": scenes.names[int(scenes.scene[i])], "image": scenes.files[i], "method": method, "index": i}
+                rows.append(row | {k: float(v[j]) for k, v in found.items()} | {"calls": int(calls[j]), "seconds": seconds})
+        for call, (slots, t, action) in enumerate(trace, 1):
+            values = orl.action_values(action)
+            for j, slot in enumerate(slots.tolist()):
+                decision = {k: float(v[j]) for k, v in values.items()} | {"call": call, "t": int(t[j])}
+                decisions.append(decision | {"scene": scenes.names[int(scenes.scene[part[slot]])], "index": part[slot]})
+        progress.update(len(part))
+    progress.close()
+    return rows, decisions
+
+
+def column(rows, method: str, key: str, scene: str | None = None) -> np.ndarray:
+    """One figure of one method over the images, always in the same order of images."""
+    found = [r for r in rows if r["method"] == method and scene in (None, r["scene"])]
+    return np.array([r[key] for r in sorted(found, key=lambda r: r["index"])])
+
+
+def interval(difference: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
+    """95% interval of the mean of paired differences, by bootstrap over images."""
+    rng = np.random.default_rng(seed)
+    means = rng.choice(difference, (draws, len(difference))).mean(axis=1)
+    return tuple(np.percentile(means, (2.5, 97.5)))
+
+
+def number(value: float, digits: int = 4) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def table(rows, scenes: list[str], title: str) -> str:
+    """Markdown: the paper's Table 2, every method over all images, and what the agent gains over its rivals."""
+    has_constant = any(r["method"] == "constant" for r in rows)
+    text = [f"# {title}", "", "## With and without RL (the paper's Table 2)", ""]
+    text += ["| scene | images | PSNR (dB) without → with | SSIM without → with | LPIPS without → with | calls without → with |", "|---|---|---|---|---|---|"]
+    for scene in [*scenes, None]:
+        cells = [scene or "**all**", str(len(column(rows, "agent", "psnr", scene)))]
+        for key, digits in (("psnr", 3), ("ssim", 4), ("lpips", 4), ("calls", 1)):
+            a, b = (column(rows, m, key, scene).mean() for m in ("ldm", "agent"))
+            sign = "" if key == "calls" or math.isnan(a) else f" ({b - a:+.{digits}f})"
+            cells.append(f"{number(a, digits)} → {number(b, digits)}{sign}")
+        text.append("| " + " | ".join(cells) + " |")
+    for scene in [None, *scenes]:
+        text += ["", f"## Every method, {scene or 'all images'}", ""]
+        text += ["| method | PSNR (dB) | SSIM | LPIPS | calls | s/image | LR PSNR (dB) | reward |", "|---|---|---|---|---|---|---|---|"]
+        for method, label in METHODS.items():
+            if method == "constant" and not has_constant:
+                continue
+            means = {k: column(rows, method, k, scene).mean() for k in ("psnr", "ssim", "lpips", "calls", "seconds", "lr_psnr", "reward")}
+            digits = {"psnr": 3, "calls": 1, "seconds": 3, "lr_psnr": 1}
+            shown = {k: "" if k == "reward" and method in ("bicubic", "autoencoder") else number(v, digits.get(k, 4)) for k, v in means.items()}
+            text.append(f"| {label} | " + " | ".join(shown.values()) + " |")
+    text += ["", "## What the agent gains, over all images", "", "Mean difference, its 95% interval by paired bootstrap over images, share of images that improve.", ""]
+    text += ["| agent against | PSNR (dB) | SSIM | LPIPS | reward |", "|---|---|---|---|---|"]
+    for method in ("bicubic", "ldm", "ldm_same_calls", "constant")[: 3 + has_constant]:
+        cells = []
+        for key, sign in BETTER.items():
+            difference = column(rows, "agent", key) - column(rows, method, key)
+            if np.isnan(difference).any():
+                cells.append("n/a")
+                continue
+            low, high = interval(difference)
+            cells.append(f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], {100 * (sign * difference > 0).mean():.0f}%")
+        text.append(f"| {METHODS[method]} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def decision_table(decisions: list[dict]) -> str:
+    """Markdown: what the agent does at each denoiser call, mean over the images that get there."""
+    names = list(orl.COMPONENTS)
+    lines = ["", "What the agent does at each denoiser call, mean (spread over images):", ""]
+    lines += ["| call | images | timestep | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
+    for call in sorted({d["call"] for d in decisions}):
+        at = [d for d in decisions if d["call"] == call]
+        cells = [f"{np.mean([d[k] for d in at]):.2f} ({np.std([d[k] for d in at]):.2f})" for k in names]
+        lines.append(f"| {call} | {len(at)} | {np.mean([d['t'] for d in at]):.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """One line per image and method."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def figure(path: Path, mdp: Denoising, scenes: Scenes, agent, rows, args: Args, title: str) -> None:
+    """Per scene the image of median gain in reward: LR | without | with | HR, each with a zoomed inset."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [name for name in scenes.names if len(column(rows, "agent", "psnr", name))]
+    fig, axes = plt.subplots(len(names), 4, figsize=(10, 2.6 * len(names)), squeeze=False, layout="constrained")
+    for name, line in zip(names, axes):
+        gain = column(rows, "agent", "reward", name) - column(rows, "ldm", "reward", name)
+        index = sorted(r["index"] for r in rows if r["method"] == "agent" and r["scene"] == name)
+        i = index[int(np.argsort(gain)[len(gain) // 2])]
+        hr = scenes.image(i, 4 * mdp.ldm.stride, args.crop)
+        lr = downscale(hr)
+        z = noise_for(mdp.ldm, [i], *lr.shape[-2:], args.seed)
+        without = Denoising(mdp.ldm, 100, 100).super_resolve(lr, z, constant_policy(PLAIN))[0]
+        with_agent = mdp.super_resolve(lr, z, agent.mean)[0]
+        values = {m: next(r for r in rows if r["method"] == m and r["index"] == i) for m in ("ldm", "agent")}
+        panels = {"LR": F.interpolate(lr, scale_factor=4), "without RL": without, "with RL": with_agent, "HR": hr}
+        side = min(hr.shape[-2:]) // 4
+        # the inset shows the quarter of the HR image with the most detail
+        detail = F.avg_pool2d(F.pad(hr.mean(1, keepdim=True).diff(dim=3).abs(), (0, 1)), side, stride=side // 2)[0, 0]
+        top, left = (int(v) * (side // 2) for v in np.unravel_index(int(detail.argmax()), detail.shape))
+        for ax, (label, image) in zip(line, panels.items()):
+            image = image[0].permute(1, 2, 0).cpu().numpy()
+            ax.imshow(image)
+            inset = ax.inset_axes((0.56, 0.02, 0.42, 0.42))
+            inset.imshow(image[top : top + side, left : left + side])
+            for part, axis in ((inset, inset), (ax, ax)):
+                axis.set_xticks([]), axis.set_yticks([])
+            for spine in inset.spines.values():
+                spine.set(color="white", linewidth=1.5)
+            ax.add_patch(plt.Rectangle((left, top), side, side, fill=False, color="white", linewidth=1))
+            m = values.get({"without RL": "ldm", "with RL": "agent"}.get(label))
+            ax.set_xlabel(f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}" if m else "", fontsize=7)
+            if line is axes[0]:
+                ax.set_title(label, fontsize=10)
+        line[0].set_ylabel(name.replace("_", " "), fontsize=9)
+    fig.suptitle(f"{title}\nper scene the image of median gain in reward", fontsize=9)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def reward_curve(path: Path, run: Path) -> bool:
+    """Fig. 3 of the paper: the training reward over environment steps, from the run's TensorBoard events."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    if "charts/episodic_return" not in events.Tags()["scalars"]:
+        return False
+    points = events.Scalars("charts/episodic_return")
+    steps, values = np.array([p.step for p in points]), np.array([p.value for p in points])
+    window = max(1, len(values) // 30)
+    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+    fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    ax.plot(steps, values, color="0.75", linewidth=0.8, label="iteration")
+    ax.plot(steps[window - 1 :], smooth, color="black", linewidth=1.6, label=f"mean of {window}")
+    ax.set(xlabel="environment steps (denoiser calls)", ylabel="reward minus bicubic's", title="Training reward")
+    ax.grid(alpha=0.3), ax.legend(frameon=False)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ your own images
+
+
+def starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin so that they cover `length` and share at least `overlap`."""
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def super_resolve_image(mdp: Denoising, policy, pixels: torch.Tensor, tile: int, batch_size: int, seed: int) -> torch.Tensor:
+    """LR uint8 (3, h, w) of any size -> SR uint8 (3, 4h, 4w), tiled with overlap where it is larger than `tile`."""
+    _, h, w = pixels.shape
+    stride, overlap, least = mdp.ldm.stride, 16, 16
+    tile = max(tile // stride * stride, 2 * overlap)
+    pad_h, pad_w = (max(least, -(-side // stride) * stride) - side for side in (h, w))
+    lr = pixels.float().unsqueeze(0) / 255
+    lr = F.pad(lr, (0, pad_w, 0, pad_h), mode="reflect" if pad_w < w and pad_h < h else "replicate")
+    height, width = lr.shape[-2:]
+    noise = noise_for(mdp.ldm, [0], height, width, seed).cpu()  # one field for all tiles: overlaps agree
+    out = torch.zeros(3, 4 * height, 4 * width, dtype=torch.uint8)
+    th, tw = min(tile, height), min(tile, width)
+    corners = [(y, x) for y in starts(height, th, overlap) for x in starts(width, tw, overlap)]
+    for first in range(0, len(corners), batch_size):
+        group = corners[first : first + batch_size]
+        part = torch.cat([lr[..., y : y + th, x : x + tw] for y, x in group]).to(mdp.ldm.device)
+        z = torch.cat([noise[..., y : y + th, x : x + tw] for y, x in group]).to(mdp.ldm.device)
+        sr = (mdp.super_resolve(part, z, policy)[0] * 255).round().byte().cpu()
+        for (y, x), image in zip(group, sr):
+            # the margin next to a neighbour is context only
+            a, b = (0 if y == 0 else overlap // 2), (0 if x == 0 else overlap // 2)
+            out[:, 4 * (y + a) : 4 * (y + th), 4 * (x + b) : 4 * (x + tw)] = image[:, 4 * a :, 4 * b :]
+    return out[:, : 4 * h, : 4 * w]
+
+
+def list_images(paths: tuple[str, ...]) -> list[Path]:
+    """Files named, and those of PIL's formats in folders named."""
+    from PIL import Image
+
+    known = set(Image.registered_extensions())
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in known and not p.stem.endswith("_sr"))
+            if not inside:
+                stop(f"--images {path}: no image in this folder")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            stop(f"--images {path}: no such file or folder")
+    return files
+
+
+def super_resolve_files(args: Args, mdp: Denoising, agent) -> None:
+    """Writes NAME_sr.png for every readable image; the others are named."""
+    from PIL import Image
+
+    written, failed = 0, 0
+    for file in list_images(args.images):
+        try:
+            with Image.open(file) as image:
+                has_alpha = "A" in image.getbands() or "transparency" in image.info
+            pixels = sr_inputs.read_image(file)
+        except Exception as error:
+            failed += 1
+            say(f"{file}: skipped, cannot be read ({type(error).__name__}: {error})")
+            continue
+        began = time.perf_counter()
+        sr = super_resolve_image(mdp, agent.mean, pixels, args.tile, args.batch_size, args.seed)
+        folder = Path(args.output) if args.output else file.parent
+        target = folder / f"{file.stem}_sr.png"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(sr.permute(1, 2, 0).numpy())
+            sr_inputs.write_file(target, lambda part: picture.save(part, format="PNG"))
+        except OSError as error:
+            stop(f"{target}: cannot be written ({error.strerror or error}); name another folder with --output")
+        written += 1
+        note = ", its alpha channel dropped" if has_alpha else ""
+        say(f"{target}: {pixels.shape[2]} x {pixels.shape[1]} -> {sr.shape[2]} x {sr.shape[1]} px in {time.perf_counter() - began:.1f} s{note}")
+    if not written:
+        stop(f"--images: none of the {failed} file(s) could be read as an image")
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def pick_dataset(args: Args, state: dict) -> str:
+    """--dataset, or the images that the agent was trained on, or auto where those are not here."""
+    own, is_folder = state["args"]["dataset"], state["title"] != state["args"]["dataset"]
+    if args.dataset is None and own != "auto" and is_folder and not sr_inputs.locate(own).is_dir():
+        say(f"data: the agent's own images ({state['title']}) are not at {own}; --dataset names others")
+        own = "auto"
+    return sr_inputs.resolve_dataset(args.dataset or own)
+
+
+def best_constant(run: Path, state: dict, dataset: str, mdp: Denoising, reward: orl.Reward):
+    """The best constant action: as the run folder keeps it, else searched on the agent's training images and kept."""
+    file = run / "constant.json"
+    if file.is_file():
+        return torch.tensor(json.loads(file.read_text())["action"])
+    trained = state["args"]
+    scenes = sr_inputs.load_scenes(dataset, "train", tuple(state["scenes"]), trained["crop"])
+    if scenes.title != state["title"]:
+        say(f"best constant action: needs the agent's training images ({state['title']}); its row is left out")
+        return None
+    say("best constant action: searching it on training crops (a minute or two) ...")
+    action, score = search_constant(mdp, scenes.to(mdp.ldm.device), reward, trained["crop"], trained["seed"])
+    values = {k: round(float(v), 4) for k, v in orl.action_values(action[None]).items()}
+    found = {"action": action.tolist(), "values": values, "reward_on_training_crops": round(score, 5)}
+    sr_inputs.write_file(file, lambda part: part.write_text(json.dumps(found, indent=2) + "\n"))
+    say(f"best constant action: {values}")
+    return action
+
+
+def main(args: Args) -> None:
+    files = list_images(args.images)  # bad input speaks before anything is loaded
+    device, run = sr_inputs.pick_device(args.device), sr_inputs.locate(args.agent)
+    _, state = sr_inputs.load_tensors(run / "agent.safetensors")
+    ldm_name = args.ldm or state["args"]["ldm"]
+    ldm = orl.load_ldm(ldm_name, device)
+    agent = orl.load_agent(run, ldm)
+    mdp = Denoising(ldm, state["args"]["base_steps"], state["args"]["max_calls"])
+    say(f"agent: {args.agent}, {state['step']} environment steps on {state['title']}; LDM: {ldm_name}")
+    if files:
+        return super_resolve_files(args, mdp, agent)
+
+    dataset = pick_dataset(args, state)
+    scenes = sr_inputs.load_scenes(dataset, args.split, args.scenes, max(32, 4 * ldm.stride)).to(device)
+    of_scene = [(scenes.scene == k).nonzero().flatten().tolist() for k in range(len(scenes.names))]
+    indices = [i for group in of_scene for i in group[: args.limit or None]]
+    reward = orl.Reward(sr_inputs.load_lpips(args.lpips_weights), device)
+    output = Path(args.output or run)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        constant = best_constant(run, state, dataset, mdp, reward)
+        rows, decisions = measure(args, mdp, scenes, reward, agent, constant, indices)
+        size = f"centre {args.crop} px" if args.crop else "whole images"
+        title = f"{scenes.title}, {args.split} split, {len(indices)} images ({size}), LDM {ldm_name}, agent {args.agent}"
+        text = table(rows, scenes.names, title) + decision_table(decisions)
+        sr_inputs.write_file(output / "table.md", lambda part: part.write_text(text))
+        sr_inputs.write_file(output / "table.csv", lambda part: write_csv(part, rows))
+        figure(output / "figure.png", mdp, scenes, agent, rows, args, title)
+        made = ["table.md", "table.csv", "figure.png"] + ["reward.png"] * reward_curve(output / "reward.png", run)
+    except OSError as error:
+        stop(f"{error.filename or output}: cannot be written or read ({error.strerror or error}); name another folder with --output")
+    say(text[: text.index("## Every method, " + scenes.names[0])] + text[text.index("## What the agent gains") :])
+    say(f"written to {output}: {', '.join(made)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

