@@ -1,0 +1,152 @@
+"""Whole runs of the three scripts, as a user starts them: tiny models, seconds each."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SHARED
+
+import eval_sr
+import sr_inputs
+
+SMALL = ["--num-envs", "4", "--num-steps", "25", "--crop", "64", "--eval-images", "2", "--max-calls", "4", "--base-steps", "4"]
+
+
+def run(*command, code=0, timeout=280, **environment):
+    """Runs a script of the project and returns what it said."""
+    env = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, ldm_folder):
+    """200 steps on the synthetic scenes that ship."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run", folder, "--total-timesteps", 200, *SMALL)
+    return folder, said
+
+
+def test_a_run_on_synthetic_scenes_writes_events_checkpoint_and_table(trained):
+    folder, said = trained
+    assert "synthetic scenes" in said and "LDM with RL" in said
+    for name in ("checkpoint.safetensors", "agent.safetensors", "state.json", "constant.json", "table.md", "table.csv", "figure.png", "reward.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert "synthetic scenes" in (folder / "table.md").read_text().splitlines()[0]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"charts/episodic_return", "charts/SPS", "losses/approx_kl", "losses/explained_variance", "reward/psnr",
+            "reward/efficiency", "eval/psnr_agent", "eval/psnr_plain", "policy/blend_call_01"} <= tags  # fmt: skip
+    assert [e.step for e in events.Scalars("charts/SPS")] == [100, 200]
+
+
+def test_the_csv_has_the_promised_columns_methods_and_one_line_per_image_and_method(trained):
+    with open(trained[0] / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["scene", "image", "method", "psnr", "ssim", "lpips", "calls", "seconds", "lr_psnr"]
+    assert {r["method"] for r in rows} == set(eval_sr.METHODS) == {"bicubic", "ldm", "ldm_same_calls", "constant", "agent", "autoencoder"}
+    assert len(rows) == 6 * 8  # one image a scene
+    assert all(r["calls"] == "100" for r in rows if r["method"] == "ldm")
+    pairs = {(r["scene"], r["image"]): r["calls"] for r in rows if r["method"] == "agent"}
+    assert all(pairs[r["scene"], r["image"]] == r["calls"] for r in rows if r["method"] == "ldm_same_calls")
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(trained, tmp_path, ldm_folder):
+    run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run", tmp_path / "again", "--total-timesteps", 200, *SMALL)
+    assert_same(trained[0], tmp_path / "again")
+
+
+def assert_same(a, b):
+    one, two = (sr_inputs.load_tensors(folder / "checkpoint.safetensors")[0] for folder in (a, b))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+STOP_AFTER_ONE = """
+import sys, ppo_ldm_sr as orl
+save, saved = orl.save_tensors, []
+def stop_after(path, *rest):
+    save(path, *rest)
+    saved.append(path)
+    if len(saved) == 2:
+        raise KeyboardInterrupt
+orl.save_tensors = stop_after
+orl.main(orl.tyro.cli(orl.Args))
+"""
+
+
+def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(trained, tmp_path, ldm_folder):
+    folder = tmp_path / "stopped"
+    said = run("-c", STOP_AFTER_ONE, "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run", folder, "--total-timesteps", 200, *SMALL, code=130)
+    assert f"--resume {folder}" in said
+    assert json.loads((folder / "state.json").read_text())["step"] == 100 if (folder / "state.json").exists() else True
+    said = run("ppo_ldm_sr.py", "--resume", folder)
+    assert "step 100 of 200" in said
+    assert_same(trained[0], folder)
+    said = run("ppo_ldm_sr.py", "--resume", folder, "--gamma", "0.5", code=2)
+    assert "--gamma would change the method" in said
+
+
+def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tmp_path, ldm_folder):
+    folder = tmp_path / "never"
+    for flags, words in (
+        (["--total-timesteps", "0"], "--total-timesteps 0"),
+        (["--crop", "30", "--dataset", "runs/scenes"], "--crop 30"),
+        (["--dataset", "nowhere/to/be/found"], "no such folder"),
+        (["--ldm", "runs/nothing"], "no such folder"),
+        (["--run", trained[0]], "the folder exists"),
+    ):
+        said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--run", folder, *flags, code=2)
+        assert said.count("error: ") == 1 and words in said
+        assert not folder.exists()
+
+
+def test_two_processes_keep_equal_weights_on_different_images(tmp_path, ldm_folder):
+    script = tmp_path / "check.py"
+    script.write_text(
+        "import sys, os, torch; sys.path.insert(0, os.getcwd())\n"
+        "import ppo_ldm_sr as orl\n"
+        "update = orl.update\n"
+        "def checked(agent, optimizer, batch, args, generator):\n"
+        "    out = update(agent, optimizer, batch, args, generator)\n"
+        "    for value, same in ((torch.cat([p.detach().flatten() for p in agent.parameters()]), True), (batch['maps'].float().flatten(), False)):\n"
+        "        parts = [torch.empty_like(value) for _ in range(2)]\n"
+        "        orl.dist.all_gather(parts, value)\n"
+        "        assert torch.equal(*parts) == same\n"
+        "    if orl.dist.get_rank() == 0: print('checked', batch['maps'].shape[1])\n"
+        "    return out\n"
+        "orl.update = checked\n"
+        "orl.main(orl.tyro.cli(orl.Args))\n"
+    )
+    folder = tmp_path / "two"
+    said = run("-m", "torch.distributed.run", "--nproc_per_node=2", script, "--ldm", ldm_folder, "--dataset", "runs/scenes",
+               "--run", folder, "--total-timesteps", 200, *SMALL, OMP_NUM_THREADS="1")  # fmt: skip
+    assert said.count("checked 2") == 2 and said.count("device: ") == 1  # two slots a process, one voice
+    assert json.loads((folder / "state.json").read_text())["step"] == 200
+    assert len(list(folder.glob("events.*"))) == 1
+
+
+@pytest.mark.skipif(not (ROOT / "runs/orl_ldm/agent.safetensors").is_file(), reason="no trained agent in runs/orl_ldm yet")
+def test_the_shipped_agent_super_resolves_a_photo(tmp_path):
+    photo = next((ROOT / "runs/scenes/test/river").glob("*.jpg"))
+    said = run("eval_sr.py", "--images", photo, "--output", tmp_path)
+    assert "256 x 256 -> 1024 x 1024" in said and (tmp_path / f"{photo.stem}_sr.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not (SHARED / "data/paper8").is_dir(), reason="the real images are not on this machine")
+@pytest.mark.skipif(not (ROOT / "runs/orl_ldm/agent.safetensors").is_file(), reason="no trained agent in runs/orl_ldm yet")
+def test_on_real_images_the_agent_beats_the_plain_ldm(tmp_path):
+    run("eval_sr.py", "--dataset", SHARED / "data/paper8", "--crop", 128, "--limit", 2, "--output", tmp_path)
+    with open(tmp_path / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    mean = {m: {k: sum(float(r[k]) for r in rows if r["method"] == m) / 16 for k in ("psnr", "ssim", "lpips", "calls")} for m in ("ldm", "agent")}
+    assert mean["agent"]["psnr"] > mean["ldm"]["psnr"] + 1 and mean["agent"]["ssim"] > mean["ldm"]["ssim"] + 0.03
+    assert mean["agent"]["lpips"] < mean["ldm"]["lpips"] + 0.01 and mean["agent"]["calls"] <= 10
