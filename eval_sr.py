@@ -74,33 +74,38 @@ class Args:
 # ------------------------------------------------------------------------------------------------ table
 
 
-def search_constant(mdp: Denoising, scenes: Scenes, reward: orl.Reward, crop: int, seed: int, images=48, candidates=48):
-    """The best constant action on training crops: random search, then a local one -> action (5,), its mean reward."""
+def action_range() -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest and the highest action that still make a difference, (7,) each: the components' ranges."""
+    ends = [[math.log2(v) if k == "stride" else (v - c[0]) / c[3] for v in c[1:3]] for k, c in orl.COMPONENTS.items()]
+    return tuple(torch.tensor(ends).T)
+
+
+def search_constant(mdp: Denoising, scenes: Scenes, reward: orl.Reward, crop: int, seed: int, images=48, population=24):
+    """The best constant action on training crops, by the cross-entropy method: at first all over the components'
+    ranges, then around the best. -> action (7,), its mean reward.
+    """
     draw = torch.Generator().manual_seed(seed)
     hr = scenes.crops(torch.randint(len(scenes), (images,), generator=draw), crop, draw)
     lr = downscale(hr)
     z = torch.randn(images, mdp.ldm.latent_channels, crop // 4, crop // 4, generator=draw).to(hr.device)
 
-    def score(action: torch.Tensor, n: int) -> float:
+    def score(action: torch.Tensor) -> float:
         total = 0.0
-        for part in torch.arange(n).split(24):
+        for part in torch.arange(images).split(24):
             sr, calls, _ = mdp.super_resolve(lr[part], z[part], constant_policy(action))
             total += float(reward(reward.metrics(sr, hr[part]), calls).sum())
-        return total / n
+        return total / images
 
-    # the components' ranges, in units of the Gaussian action
-    low, high = orl.action_range()
-    found = [PLAIN, *(low + (high - low) * torch.rand(candidates, len(low), generator=draw))]
-    found = sorted(found, key=lambda action: -score(action, images // 3))[: candidates // 6]
-    best_score, best = max(((score(action, images), action) for action in found), key=lambda pair: pair[0])
-    for spread in (0.2, 0.1, 0.05):
-        for _ in range(candidates // 6):
-            trial = best + spread * (high - low) * torch.randn(len(low), generator=draw)
-            trial = torch.minimum(torch.maximum(trial, low), high)
-            trial_score = score(trial, images)
-            if trial_score > best_score:
-                best_score, best = trial_score, trial
-    return best, best_score
+    low, high = action_range()
+    mean, spread, tried = PLAIN, (high - low) / 2, [(score(PLAIN), PLAIN)]
+    for _ in range(5):
+        noise = torch.randn(population, len(low), generator=draw)
+        trials = torch.minimum(torch.maximum(mean + spread * noise, low), high)
+        tried += [(score(action), action) for action in trials]
+        tried.sort(key=lambda pair: -pair[0])
+        elite = torch.stack([action for _, action in tried[: population // 4]])
+        mean, spread = elite.mean(0), elite.std(0) + 0.02 * (high - low)
+    return tried[0][1], tried[0][0]
 
 
 def super_resolve_all(mdp: Denoising, lr, hr, z, agent, constant):
@@ -393,6 +398,18 @@ def super_resolve_files(args: Args, mdp: Denoising, agent) -> None:
 # ------------------------------------------------------------------------------------------------ main
 
 
+def load_agent(run: Path, ldm: orl.LDM) -> orl.Agent:
+    """The agent of a run folder; one of another LDM or action space is refused."""
+    tensors, state = sr_inputs.load_tensors(run / "agent.safetensors")
+    if state["components"] != list(orl.COMPONENTS):
+        stop(f"{run}: its agent's actions are {', '.join(state['components'])}, not {', '.join(orl.COMPONENTS)}; train it again")
+    if state["ldm"] != ldm.fingerprint():
+        stop(f"{run}: its agent was trained for another LDM ({state['args']['ldm']}, fingerprint {state['ldm']}); give that with --ldm")
+    agent = orl.Agent(ldm.latent_channels)
+    agent.load_state_dict(tensors)
+    return agent.to(ldm.device).eval()
+
+
 def pick_dataset(args: Args, state: dict) -> str:
     """--dataset, or the images that the agent was trained on, or auto where those are not here."""
     own, is_folder = state["args"]["dataset"], state["title"] != state["args"]["dataset"]
@@ -427,7 +444,7 @@ def main(args: Args) -> None:
     _, state = sr_inputs.load_tensors(run / "agent.safetensors")
     ldm_name = args.ldm or state["args"]["ldm"]
     ldm = orl.load_ldm(ldm_name, device)
-    agent = orl.load_agent(run, ldm)
+    agent = load_agent(run, ldm)
     mdp = Denoising(ldm, state["args"]["base_steps"], state["args"]["max_calls"])
     say(f"agent: {args.agent}, {state['step']} environment steps on {state['title']}; LDM: {ldm_name}")
     if files:

@@ -9,8 +9,8 @@ One step of the environment, for every image of a batch (a slot):
 
     latent z_t, LR image --U-Net--> clean latent x0, noise                  one denoiser call
     state  = (z_t, x0, posterior mean, LR image, t, calls)
-    action = (blend, sharpen, noise, consistency, stride) ~ agent(state)    zero = the plain LDM's step
-    x0' = sharpen(x0), blended with the posterior mean at the last step
+    action = (blend, sharpen, their slopes, noise, consistency, stride) ~ agent(state)    zero = the plain LDM's step
+    x0' = sharpen(x0), blended with the posterior mean at the last step, cell by cell
     z_t' = sqrt(alpha_t') x0' + sqrt(1 - alpha_t') noise_scale noise        DDIM step to t' = t - stride * T / base_steps
     t' < 0 or budget spent: SR = decode(z_t') + up(consistency (LR - down(SR)))
         reward = 0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 (1 - calls/100)  minus the same for bicubic
@@ -36,7 +36,7 @@ import tyro
 from torch import nn
 
 import sr_inputs  # images, weights and checkpoints as files; nothing of the method
-from sr_inputs import Scenes, has_bf16, load_lpips, load_scenes, load_tensors, pick_device, save_tensors, say, stop
+from sr_inputs import Scenes, has_bf16, load_lpips, load_scenes, pick_device, save_tensors, say, stop
 
 @dataclass
 class Args:
@@ -225,20 +225,24 @@ class Reward:
 
 # ------------------------------------------------------------------------------------------------ environment
 
-# choice: the action. A unit of the agent's Gaussian moves a component by `unit` from its neutral value, within
-# [low, high]; zero is the plain LDM's step. stride is a power of two.
+# choice: the action, 7 numbers per image and step. A unit of the agent's Gaussian moves a component by `unit` from its
+# neutral value, within [low, high]; zero is the plain LDM's step. The two slopes turn a number into a map over latent
+# cells and channels: value + slope * deviation(x0), see `deviation`. Per-cell Gaussians would need per-cell credit,
+# which is biased; a map of two numbers has the image's own reward as its exact credit.
 # name: (neutral, low, high, unit)
 COMPONENTS = {
-    "blend": (0.0, 0.0, 1.0, 0.5),  # last step: x0 <- (1 - b) x0 + b posterior mean        less distortion
-    "sharpen": (0.0, -0.5, 1.0, 0.5),  # x0 <- x0 + s (x0 - its 3 x 3 mean)                  more contrast
-    "noise": (1.0, 0.5, 1.1, 0.25),  # scale of the noise that is kept for the next step   less of it: smoother
-    "consistency": (0.0, 0.0, 1.0, 1.0),  # end: SR <- SR + up(g (LR - down(SR)))            truer to the LR image
-    "stride": (1.0, 0.5, 5.0, 1.0),  # times the plain schedule's jump in time             fewer calls
+    "blend": (0.0, 0.0, 1.0, 0.3),  # last step: x0 <- (1 - b) x0 + b posterior mean       less distortion
+    "blend_slope": (0.0, -0.5, 0.5, 0.3),  # more of it where x0 is far from the mean      fewer inventions
+    "sharpen": (0.0, -0.5, 1.0, 0.3),  # x0 <- x0 + s (x0 - its 3 x 3 mean)                more contrast
+    "sharpen_slope": (0.0, -0.5, 0.5, 0.3),  # negative: less of it where x0 is far from the mean
+    "noise": (1.0, 0.5, 1.1, 0.05),  # scale of the noise kept for the next step           less of it: smoother
+    "consistency": (0.0, 0.0, 1.0, 1.0),  # end: SR <- SR + up(g (LR - down(SR)))          truer to the LR image
+    "stride": (1.0, 0.5, 5.0, 1.0),  # times the plain schedule's jump, a power of two     fewer calls
 }
 
 
 def action_values(action: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gaussian action (n, 5), zero = plain LDM -> value of each component, (n, 1, 1, 1), within its range."""
+    """Gaussian action (n, 7), zero = plain LDM -> value of each component, (n, 1, 1, 1), within its range."""
     values = {}
     for i, (name, (neutral, low, high, unit)) in enumerate(COMPONENTS.items()):
         a = action[:, i].view(-1, 1, 1, 1)
@@ -246,10 +250,20 @@ def action_values(action: torch.Tensor) -> dict[str, torch.Tensor]:
     return values
 
 
-def action_range() -> tuple[torch.Tensor, torch.Tensor]:
-    """The lowest and the highest action that still make a difference, (5,) each: the components' ranges."""
-    ends = [[math.log2(v) if k == "stride" else (v - c[0]) / c[3] for v in c[1:3]] for k, c in COMPONENTS.items()]
-    return tuple(torch.tensor(ends).T)
+def local_mean(x: torch.Tensor) -> torch.Tensor:
+    """The 3 x 3 mean around each cell, (n, c, h, w); at the border of the cells that are there."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def deviation(x0: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """How far x0 strays from the posterior mean around each cell, (n, c, h, w), in standard units of the channel.
+
+    The logarithm of the 3 x 3 mean of (x0 - mean)^2, of mean 0 and spread 1 over each image's channel; zero at the
+    first call, where x0 is the mean.
+    """
+    energy = (local_mean((x0 - mean).square()) + 1e-5).log()
+    centred = energy - energy.mean(dim=(2, 3), keepdim=True)
+    return centred / (centred.square().mean(dim=(2, 3), keepdim=True).sqrt() + 1e-3)
 
 
 def ddim_step(x0, noise, alpha, alpha_next, eta=0.0, fresh=None):
@@ -301,7 +315,7 @@ class Denoising:
         return maps.half(), torch.stack([time_left, calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1).float()
 
     def advance(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Steered DDIM step: action (n, 5) -> latents (n, c, h, w), their timesteps (n,), done (n,).
+        """Steered DDIM step: action (n, 7) -> latents (n, c, h, w), their timesteps (n,), done (n,).
 
         Where done, the latents are the final ones and the timestep is -1.
         """
@@ -310,8 +324,11 @@ class Denoising:
         done = (t_next < 0) | (s.calls >= self.max_calls)
         t_next = torch.where(done, -1, t_next)
         last = done.view(-1, 1, 1, 1)
-        x0 = s.x0 + v["sharpen"] * (s.x0 - F.avg_pool2d(s.x0, 3, stride=1, padding=1, count_include_pad=False))
-        x0 = torch.where(last, torch.lerp(x0, s.mean, v["blend"]), x0)
+        far = deviation(s.x0, s.mean)
+        sharpen = (v["sharpen"] + v["sharpen_slope"] * far).clamp(*COMPONENTS["sharpen"][1:3])  # (n, c, h, w)
+        blend = (v["blend"] + v["blend_slope"] * far).clamp(*COMPONENTS["blend"][1:3])
+        x0 = s.x0 + sharpen * (s.x0 - local_mean(s.x0))
+        x0 = torch.where(last, torch.lerp(x0, s.mean, blend), x0)
         alpha, alpha_next = self.ldm.alphas[s.t].view(-1, 1, 1, 1), self.ldm.alphas[t_next].view(-1, 1, 1, 1)
         return ddim_step(x0, v["noise"] * s.noise, alpha, alpha_next), t_next, done
 
@@ -322,7 +339,7 @@ class Denoising:
 
     @torch.inference_mode()
     def super_resolve(self, lr: torch.Tensor, z: torch.Tensor, policy) -> tuple[torch.Tensor, torch.Tensor, list]:
-        """Whole trajectories under `policy`: (maps, numbers) -> action (n, 5).
+        """Whole trajectories under `policy`: (maps, numbers) -> action (n, 7).
 
         LR (n, 3, h, w) in [0, 1], latents of pure noise (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,), and
         for every step (slots, timesteps, actions).
@@ -371,7 +388,7 @@ class DenoisingEnv:
         return self.mdp.observe(self.state), {}
 
     def step(self, action: torch.Tensor):
-        """action (num_envs, 5) -> observation, reward (num_envs,), terminated, truncated, info of the ended episodes.
+        """action (num_envs, 7) -> observation, reward (num_envs,), terminated, truncated, info of the ended episodes.
 
         The budget of calls is part of the state, so that running out of it terminates; nothing is truncated.
         """
@@ -442,14 +459,14 @@ class Agent(nn.Module):
         self.logstd = nn.Parameter(torch.full((num_actions,), -0.5))
 
     def mean(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """The policy without its spread, for evaluation: (n, 5)."""
+        """The policy without its spread, for evaluation: (n, 7)."""
         return self.actor(maps, numbers)
 
     def value(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         return self.critic(maps, numbers).squeeze(1)
 
     def action_and_value(self, maps, numbers, action=None, generator=None):
-        """-> action (n, 5), its log-probability (n,), entropy (n,), value (n,); draws the action where none is given."""
+        """-> action (n, 7), its log-probability (n,), entropy (n,), value (n,); draws the action where none is given."""
         policy = torch.distributions.Normal(self.actor(maps, numbers), self.logstd.exp(), validate_args=False)
         if action is None:
             noise = torch.randn(policy.mean.shape, generator=generator).to(policy.mean.device)
@@ -554,7 +571,7 @@ PLAIN = torch.zeros(len(COMPONENTS))  # the action of the plain LDM
 
 
 def constant_policy(action: torch.Tensor):
-    """The policy that takes the same action (5,) everywhere."""
+    """The policy that takes the same action (7,) everywhere."""
     return lambda maps, numbers: action.to(maps.device).expand(len(maps), -1)
 
 
@@ -590,18 +607,6 @@ def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, cr
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def load_agent(run: Path, ldm: LDM) -> Agent:
-    """The agent of a run folder; one of another LDM or action space is refused."""
-    tensors, state = load_tensors(run / "agent.safetensors")
-    if state["components"] != list(COMPONENTS):
-        stop(f"{run}: its agent's actions are {', '.join(state['components'])}, not {', '.join(COMPONENTS)}; train it again")
-    if state["ldm"] != ldm.fingerprint():
-        stop(f"{run}: its agent was trained for another LDM ({state['args']['ldm']}, fingerprint {state['ldm']}); give that with --ldm")
-    agent = Agent(ldm.latent_channels)
-    agent.load_state_dict(tensors)
-    return agent.to(ldm.device).eval()
-
-
 def training_tensors(agent: Agent, optimizer, env: DenoisingEnv, generators: dict) -> dict[str, torch.Tensor]:
     """All that a bit-for-bit resume needs; what differs between processes is stacked along a first dimension."""
     own = {f"env.{k}": v for k, v in vars(env.state).items()} | {"env.hr": env.hr}
@@ -630,20 +635,6 @@ def restore(tensors: dict, agent: Agent, optimizer, env: DenoisingEnv, generator
 
 
 # ------------------------------------------------------------------------------------------------ main
-
-FREE_ON_RESUME = ("total_timesteps", "resume", "run", "device", "lpips_weights", "eval_images", "eval_every")
-
-
-def resume_args(args: Args) -> tuple[Args, dict, dict]:
-    """Arguments, tensors and state of the run to go on with; flags that would change the method are refused."""
-    tensors, state = load_tensors(Path(args.resume) / "checkpoint.safetensors")
-    old = Args(**{**state["args"], "scenes": tuple(state["args"]["scenes"])})
-    changed = [k for k, v in vars(args).items() if k not in FREE_ON_RESUME and v not in (getattr(Args, k), getattr(old, k))]
-    if changed:
-        flags = ", ".join("--" + k.replace("_", "-") for k in changed)
-        stop(f"--resume {args.resume}: {flags} would change the method of that run; leave out or start a new run")
-    free = {k: getattr(args, k) for k in FREE_ON_RESUME if getattr(args, k) is not None}
-    return dataclasses.replace(old, **{**free, "run": args.resume}), tensors, state
 
 
 def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: dict) -> None:
@@ -674,19 +665,13 @@ def log_images(writer, mdp: Denoising, test: Scenes, agent: Agent, indices, crop
 
 def main(args: Args) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    args, tensors, state = resume_args(args) if args.resume else (args, {}, {})
+    args, tensors, state = sr_inputs.resume_args(args) if args.resume else (args, {}, {})
     device, per_iteration = pick_device(args.device), args.num_envs * args.num_steps
     if args.total_timesteps is None:
         args.total_timesteps = 1_000_000 if device.type == "cuda" else 80_000
         if device.type == "cpu":
             say("training: 80,000 steps, about 15 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
-    if args.total_timesteps < per_iteration:
-        stop(f"--total-timesteps {args.total_timesteps}: one iteration takes {per_iteration} (--num-envs x --num-steps)")
-    if args.num_envs % world or args.minibatch_size % world or not world <= args.minibatch_size <= per_iteration:
-        stop(f"--num-envs {args.num_envs} and --minibatch-size {args.minibatch_size} must be multiples of the {world} "
-             f"process(es), a minibatch no larger than an iteration's {per_iteration} steps")  # fmt: skip
-    if min(args.base_steps, args.max_calls) < 1:
-        stop("--base-steps and --max-calls must be at least 1")
+    sr_inputs.check_args(args, world)
     run = Path(args.run or f"runs/{Path(args.dataset).name}__orl_ldm__{args.seed}__{int(time.time())}")
     if not args.resume and rank == 0 and run.exists() and any(run.iterdir()):
         stop(f"--run {run}: the folder exists; go on with --resume {run} or name another")
@@ -708,9 +693,6 @@ def main(args: Args) -> None:
     dataset = sr_inputs.resolve_dataset(args.dataset)
     train = load_scenes(dataset, "train", args.scenes, args.crop).to(device)
     test = load_scenes(dataset, "test", args.scenes, max(32, 4 * ldm.stride)).to(device)
-    for split, scenes in (("train", train), ("test", test)):
-        counts = ", ".join(f"{name} {int((scenes.scene == i).sum())}" for i, name in enumerate(scenes.names))
-        say(f"data: {scenes.title}, {split}: {len(scenes)} images ({counts})")
     reward = Reward(load_lpips(args.lpips_weights), device)
 
     # ---- environment, agent, run folder

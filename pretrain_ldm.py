@@ -118,8 +118,6 @@ class Crops:
             weight = weight[:2] + [w / small * args.small_share / (1 - args.small_share) * sum(weight[:2]) for w in weight[2:]]
         self.weight = torch.tensor(weight)
         self.generator = torch.Generator().manual_seed(args.seed if not args.resume else int(time.time()))
-        for name, scenes in zip(args.dataset, self.sets):
-            say(f"data: {name}: {len(scenes)} training images, {len(scenes.names)} scenes")
 
     def __call__(self, n: int, size: int) -> torch.Tensor:
         """(n, 3, size, size) in [0, 1]."""
@@ -236,7 +234,7 @@ def report(args: Args, crops: Crops, device: torch.device) -> str:
             "autoencoder": torch.cat([ldm.decode(ldm.encode(part)) for part in hr.split(16)]),
         }.items():
             line(title, what, reward.metrics(sr, hr))
-        consistent = torch.tensor([0, 0, 0, 1.0, 0])
+        consistent = torch.tensor([float(name == "consistency") for name in orl.COMPONENTS])
         for steps in (1, 2, 4, 10, 100):
             mdp = orl.Denoising(ldm, steps, steps)
             for what, action in {"": orl.PLAIN, " + consistency": consistent}.items():

@@ -230,6 +230,8 @@ def load_scenes(dataset: str, split: str, scenes: tuple[str, ...] = (), min_side
     height, width = (torch.tensor([image.shape[k] for image in images]) for k in (1, 2))
     offset = (3 * height * width).cumsum(0) - 3 * height * width
     pixels = torch.cat([image.flatten() for image in images])
+    counts = [f"{name} {labels.count(k)}" for k, name in enumerate(kept)]
+    say(f"data: {title}, {split}: {len(files)} images ({', '.join(counts)})")
     return Scenes(pixels, offset, height, width, torch.tensor(labels), kept, files, title)
 
 
@@ -397,3 +399,32 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
     except Exception as error:
         stop(f"{path} is damaged ({type(error).__name__}: {reason(error)}); restore it or train again")
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+FREE_ON_RESUME = ("total_timesteps", "resume", "run", "device", "lpips_weights", "eval_images", "eval_every")
+
+
+def resume_args(args) -> tuple[object, dict, dict]:
+    """Arguments, tensors and state of the run to go on with; flags that would change the method are refused."""
+    tensors, state = load_tensors(Path(args.resume) / "checkpoint.safetensors")
+    old = type(args)(**{**state["args"], "scenes": tuple(state["args"]["scenes"])})
+    changed = [k for k, v in vars(args).items() if k not in FREE_ON_RESUME and v not in (getattr(type(args), k), getattr(old, k))]
+    if changed:
+        flags = ", ".join("--" + k.replace("_", "-") for k in changed)
+        stop(f"--resume {args.resume}: {flags} would change the method of that run; leave out or start a new run")
+    free = {k: getattr(args, k) for k in FREE_ON_RESUME if getattr(args, k) is not None}
+    return dataclasses.replace(old, **{**free, "run": args.resume}), tensors, state
+
+
+def check_args(args, world: int) -> None:
+    """Refuses settings of `ppo_ldm_sr.py` that cannot work, before any long work."""
+    per_iteration = args.num_envs * args.num_steps
+    if args.total_timesteps < per_iteration:
+        stop(f"--total-timesteps {args.total_timesteps}: one iteration takes {per_iteration} (--num-envs x --num-steps)")
+    if args.num_envs % world or args.minibatch_size % world or not world <= args.minibatch_size <= per_iteration:
+        stop(f"--num-envs {args.num_envs} and --minibatch-size {args.minibatch_size} must be multiples of the {world} "
+             f"process(es), a minibatch no larger than an iteration's {per_iteration} steps")  # fmt: skip
+    if min(args.base_steps, args.max_calls) < 1:
+        stop("--base-steps and --max-calls must be at least 1")

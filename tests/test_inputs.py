@@ -176,19 +176,19 @@ def test_an_agent_of_another_ldm_or_action_space_is_refused(tmp_path, ldm_folder
     tensors = orl.Agent(3).state_dict()
     state = {"components": list(orl.COMPONENTS), "ldm": ldm.fingerprint(), "args": {"ldm": "x"}}
     sr_inputs.save_tensors(tmp_path / "agent.safetensors", tensors, state)
-    assert orl.load_agent(tmp_path, ldm)
+    assert eval_sr.load_agent(tmp_path, ldm)
     sr_inputs.save_tensors(tmp_path / "agent.safetensors", tensors, state | {"ldm": "0" * 12})
     with stops_with(capsys, "another LDM", "--ldm"):
-        orl.load_agent(tmp_path, ldm)
+        eval_sr.load_agent(tmp_path, ldm)
     sr_inputs.save_tensors(tmp_path / "agent.safetensors", tensors, state | {"components": ["zoom"]})
     with stops_with(capsys, "zoom"):
-        orl.load_agent(tmp_path, ldm)
+        eval_sr.load_agent(tmp_path, ldm)
     file = tmp_path / "agent.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with stops_with(capsys, "damaged"):
-        orl.load_agent(tmp_path, ldm)
+        eval_sr.load_agent(tmp_path, ldm)
     with stops_with(capsys, "holds no agent.safetensors"):
-        orl.load_agent(tmp_path / "nowhere", ldm)
+        eval_sr.load_agent(tmp_path / "nowhere", ldm)
 
 
 # ---------------------------------------------------------------- LPIPS

@@ -17,6 +17,11 @@ def pieces(pipeline):
     return orl.LDM(pipeline.unet, pipeline.vqvae, pipeline.scheduler, CPU, bf16=False)
 
 
+def act(**units):
+    """A Gaussian action (7,) that is zero but for the named components."""
+    return torch.tensor([float(units.get(name, 0)) for name in orl.COMPONENTS])
+
+
 # ---------------------------------------------------------------- denoising
 
 
@@ -42,7 +47,7 @@ def test_the_null_agent_is_the_stock_pipeline(tmp_path, prediction_type, spacing
 def test_an_untrained_agent_is_nearly_the_plain_ldm_and_its_zero_action_exactly(tmp_path):
     ldm = pieces(tiny_ldm(tmp_path))
     values = orl.action_values(orl.PLAIN[None])
-    assert {k: float(v) for k, v in values.items()} == {"blend": 0, "sharpen": 0, "noise": 1, "consistency": 0, "stride": 1}
+    assert {k: float(v) for k, v in values.items()} == {k: c[0] for k, c in orl.COMPONENTS.items()}
     agent = orl.Agent(ldm.latent_channels)
     mean = agent.mean(torch.randn(5, 12, 16, 16), torch.rand(5, 4))
     assert mean.abs().max() < 0.1
@@ -79,8 +84,7 @@ def test_an_adaptive_stride_follows_the_formula_exactly(tmp_path):
     alphas = torch.cat([pipeline.scheduler.alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])
     visited = [int(state.t)]
     for stride in (2.99, 5.0, 1.01):  # 999 - 299 = 700; 5 is the limit: 700 - 500 = 200; 200 - 101 = 99
-        action = torch.zeros(1, 5)
-        action[0, 4] = math.log2(stride)
+        action = act(stride=math.log2(stride))[None]
         z, t, done = mdp.advance(state, action)
         a, b = alphas[visited[-1]], alphas[int(t)]
         x0, noise = state.x0.double(), state.noise.double()
@@ -114,9 +118,19 @@ def test_the_budget_of_calls_ends_an_episode_with_the_clean_latent(tmp_path):
 
 def test_consistency_brings_the_downscaled_result_to_the_lr_image(tmp_path):
     mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), 2, 2)
-    lr, z, on = torch.rand(2, 3, 16, 16) / 2 + 0.25, torch.randn(2, 3, 16, 16), torch.tensor([[0, 0, 0, 1.0, 0]])
-    error = [(orl.downscale(mdp.finish(z, lr, a.expand(2, 5))) - lr).square().mean() for a in (orl.PLAIN, on)]
+    lr, z, on = torch.rand(2, 3, 16, 16) / 2 + 0.25, torch.randn(2, 3, 16, 16), act(consistency=1.0)
+    error = [(orl.downscale(mdp.finish(z, lr, a.expand(2, -1))) - lr).square().mean() for a in (orl.PLAIN, on)]
     assert error[1] < 0.5 * error[0]
+
+
+def test_slopes_act_where_x0_strays_from_the_posterior_mean_and_nowhere_at_the_first_call():
+    mean, x0 = torch.zeros(1, 2, 16, 16), torch.zeros(1, 2, 16, 16)
+    x0[..., :8] = 0.1 * torch.randn(8)
+    x0[..., 8:] = torch.randn(8)
+    far = orl.deviation(x0, mean)
+    assert far[..., 9:].min() > far[..., :7].max()
+    torch.testing.assert_close(far.mean(dim=(2, 3)), torch.zeros(1, 2), atol=1e-5, rtol=0)
+    assert orl.deviation(x0, x0).abs().max() == 0
 
 
 # ---------------------------------------------------------------- environment and reward
@@ -132,8 +146,8 @@ def make_env(folder, images, num_envs=3, lpips=None, seed=0, **mdp):
 def test_a_slot_that_ends_gets_the_next_image_at_once_and_others_go_on(ldm_folder, image_folder):
     env = make_env(ldm_folder, image_folder)
     env.reset(seed=0)
-    action = torch.zeros(3, 5)
-    action[0, 4] = 2.0  # stride 4: the first slot ends at once
+    action = orl.PLAIN.repeat(3, 1)
+    action[0] = act(stride=2.0)  # stride 4: the first slot ends at once
     before = env.hr.clone()
     _, reward, terminated, truncated, info = env.step(action)
     assert terminated.tolist() == [True, False, False] and not truncated.any()
@@ -150,7 +164,7 @@ def test_the_same_seed_gives_the_same_episodes(ldm_folder, image_folder):
     for _ in range(2):
         env = make_env(ldm_folder, image_folder)
         env.reset(seed=3)
-        runs.append(torch.stack([env.step(torch.ones(3, 5) * 0.3)[1] for _ in range(6)]))
+        runs.append(torch.stack([env.step(torch.full((3, 7), 0.3))[1] for _ in range(6)]))
     assert torch.equal(*runs) and runs[0].abs().sum() > 0
 
 
@@ -158,7 +172,7 @@ def test_the_same_seed_gives_the_same_episodes(ldm_folder, image_folder):
 def test_an_episode_of_the_environment_is_super_resolve(ldm_folder, image_folder):
     env = make_env(ldm_folder, image_folder)
     env.reset(seed=1)
-    hr, s, action = env.hr.clone(), env.state, torch.tensor([0.4, 0.3, -0.5, 0.6, 0.0]).expand(3, 5)
+    hr, s, action = env.hr.clone(), env.state, act(blend=0.4, blend_slope=0.3, sharpen=0.3, noise=-0.5, consistency=0.6).expand(3, -1)
     sr, calls, _ = env.mdp.super_resolve(s.lr.clone(), s.z.clone(), lambda maps, numbers: action[: len(maps)])
     metrics, bicubic = env.reward.metrics(sr, hr), env.reward.metrics(orl.upscale(s.lr), hr)
     expected = env.reward(metrics, calls) - env.reward(bicubic, 0.0)
@@ -253,7 +267,7 @@ def test_ppo_solves_a_bandit_whose_best_action_is_known():
     """One-step episodes, reward -(a - target)^2: the mean policy must reach the target, also at a small scale."""
     torch.manual_seed(0)
     args = orl.Args(learning_rate=3e-3, minibatch_size=64)
-    agent, target = orl.Agent(1), torch.tensor([0.6, -0.4, 0.2, 0.8, -0.7])
+    agent, target = orl.Agent(1), torch.tensor([0.6, -0.4, 0.2, 0.8, -0.7, 0.1, 0.5])
     optimizer, generator = torch.optim.Adam(agent.parameters(), lr=args.learning_rate), torch.Generator().manual_seed(0)
     maps, numbers = torch.zeros(1, 256, 6, 8, 8).half(), torch.full((1, 256, 4), 0.5)
     for _ in range(40):
