@@ -366,6 +366,8 @@ class DenoisingEnv:
     """Vector environment on training crops, with gymnasium's conventions and automatic reset, all on the device.
 
     A slot that ends gets its next image at once, so that every U-Net call is full. `generator` (CPU) draws everything.
+    An observation is what the actor sees (`Denoising.observe`) and, for the critic alone, `error`: how far the clean
+    latent is from the HR image's own, (num_envs, c, h, w) in float16.
     """
 
     def __init__(self, mdp: Denoising, scenes: Scenes, reward: Reward, num_envs: int, crop: int, seed: int):
@@ -384,8 +386,13 @@ class DenoisingEnv:
         if seed is not None:
             self.generator.manual_seed(seed)
         self.hr, z = self.draw(self.num_envs)
-        self.state = self.mdp.begin(downscale(self.hr), z)
-        return self.mdp.observe(self.state), {}
+        self.truth, self.state = self.mdp.ldm.encode(self.hr), self.mdp.begin(downscale(self.hr), z)
+        return self.observe(), {}
+
+    def observe(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # choice: the critic sees the truth, which only training has (asymmetric actor-critic, arXiv 1710.06542):
+        # how good an image can get differs a hundred times more between images than between actions
+        return *self.mdp.observe(self.state), (self.truth - self.state.x0).half()
 
     def step(self, action: torch.Tensor):
         """action (num_envs, 7) -> observation, reward (num_envs,), terminated, truncated, info of the ended episodes.
@@ -409,10 +416,11 @@ class DenoisingEnv:
                                    "psnr_gain_over_bicubic": info["psnr"] - bicubic["psnr"]}  # fmt: skip
             hr, noise = self.draw(len(ended))
             self.hr[ended], s.lr[ended], z[ended], t[ended] = hr, downscale(hr), noise, self.mdp.t_first
+            self.truth[ended] = self.mdp.ldm.encode(hr)
         x0, noise = self.mdp.ldm.predict(z, t, s.lr)  # one full call for running and new slots alike
         mean = torch.where(done.view(-1, 1, 1, 1), x0, s.mean)
         self.state = State(s.lr, z, t, torch.where(done, 1, s.calls + 1), x0, noise, mean)
-        return self.mdp.observe(self.state), reward, done, torch.zeros_like(done), info
+        return self.observe(), reward, done, torch.zeros_like(done), info
 
 
 # ------------------------------------------------------------------------------------------------ agent
@@ -455,23 +463,23 @@ class Agent(nn.Module):
         super().__init__()
         channels = 3 * latent_channels + 3
         self.actor = Net(channels, num_actions, std=0.01)
-        self.critic = Net(channels, 1, std=1.0)
+        self.critic = Net(channels + latent_channels, 1, std=1.0)
         self.logstd = nn.Parameter(torch.full((num_actions,), -0.5))
 
     def mean(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """The policy without its spread, for evaluation: (n, 7)."""
         return self.actor(maps, numbers)
 
-    def value(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        return self.critic(maps, numbers).squeeze(1)
+    def value(self, maps: torch.Tensor, numbers: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+        return self.critic(torch.cat([maps, error], dim=1), numbers).squeeze(1)
 
-    def action_and_value(self, maps, numbers, action=None, generator=None):
+    def action_and_value(self, maps, numbers, error, action=None, generator=None):
         """-> action (n, 7), its log-probability (n,), entropy (n,), value (n,); draws the action where none is given."""
         policy = torch.distributions.Normal(self.actor(maps, numbers), self.logstd.exp(), validate_args=False)
         if action is None:
             noise = torch.randn(policy.mean.shape, generator=generator).to(policy.mean.device)
             action = policy.mean + policy.stddev * noise
-        return action, policy.log_prob(action).sum(1), policy.entropy().sum(1), self.value(maps, numbers)
+        return action, policy.log_prob(action).sum(1), policy.entropy().sum(1), self.value(maps, numbers, error)
 
 
 # ------------------------------------------------------------------------------------------------ GAE and PPO
@@ -521,13 +529,13 @@ def rollout(env: DenoisingEnv, agent: Agent, observation, num_steps: int, genera
     steps, infos = [], []
     with torch.no_grad():
         for _ in range(num_steps):
-            maps, numbers = observation
-            action, logprob, _, value = agent.action_and_value(maps, numbers, generator=generator)
-            observation, reward, terminated, truncated, info = env.step(action)
-            steps.append((maps, numbers, action, logprob, value, reward, terminated | truncated))
+            action, logprob, _, value = agent.action_and_value(*observation, generator=generator)
+            following, reward, terminated, truncated, info = env.step(action)
+            steps.append((*observation, action, logprob, value, reward, terminated | truncated))
+            observation = following
             if info:
                 infos.append(info)
-    names = ("maps", "numbers", "actions", "logprobs", "values", "rewards", "dones")
+    names = ("maps", "numbers", "error", "actions", "logprobs", "values", "rewards", "dones")
     return {k: torch.stack(v) for k, v in zip(names, zip(*steps))}, observation, infos
 
 
@@ -549,7 +557,7 @@ def update(agent: Agent, optimizer, batch: dict, args: Args, generator: torch.Ge
         order = torch.randperm(total, generator=generator).to(flat["values"].device)
         for start in range(0, total - size + 1, size):
             mb = {k: v[order[start : start + size]] for k, v in flat.items()}
-            _, logprob, entropy, value = agent.action_and_value(mb["maps"], mb["numbers"], mb["actions"])
+            _, logprob, entropy, value = agent.action_and_value(mb["maps"], mb["numbers"], mb["error"], mb["actions"])
             loss, figures = ppo_loss(
                 logprob, mb["logprobs"], mb["advantages"], value, mb["values"], mb["returns"], entropy, args
             )
@@ -609,7 +617,7 @@ def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, cr
 
 def training_tensors(agent: Agent, optimizer, env: DenoisingEnv, generators: dict) -> dict[str, torch.Tensor]:
     """All that a bit-for-bit resume needs; what differs between processes is stacked along a first dimension."""
-    own = {f"env.{k}": v for k, v in vars(env.state).items()} | {"env.hr": env.hr}
+    own = {f"env.{k}": v for k, v in vars(env.state).items()} | {"env.hr": env.hr, "env.truth": env.truth}
     own |= {f"generator.{k}": g.get_state().to(env.device) for k, g in generators.items()}
     for name, value in own.items():
         parts = [torch.empty_like(value) for _ in range(dist.get_world_size())] if dist.is_initialized() else [value]
@@ -631,7 +639,7 @@ def restore(tensors: dict, agent: Agent, optimizer, env: DenoisingEnv, generator
     for name, generator in generators.items():
         generator.set_state(tensors[f"generator.{name}"][rank])
     fields = {k[4:]: v[rank].to(env.device) for k, v in tensors.items() if k.startswith("env.")}
-    env.hr, env.state = fields.pop("hr"), State(**fields)
+    env.hr, env.truth, env.state = fields.pop("hr"), fields.pop("truth"), State(**fields)
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -706,7 +714,7 @@ def main(args: Args) -> None:
         restore(tensors, agent, optimizer, env, generators, rank)
         say(f"resume: step {first * per_iteration} of {args.total_timesteps}"
             + (f", extended from {state['args']['total_timesteps']}" if args.total_timesteps > state["args"]["total_timesteps"] else ""))  # fmt: skip
-        observation = mdp.observe(env.state)
+        observation = env.observe()
     else:
         observation, _ = env.reset()
     spread = max(1, len(test) // (args.eval_images or len(test)))

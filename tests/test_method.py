@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from conftest import SHARED, tiny_ldm
-from diffusers import DDIMScheduler, LDMSuperResolutionPipeline
+from diffusers import DDIMScheduler
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution import LDMSuperResolutionPipeline
 
 import ppo_ldm_sr as orl
 import sr_inputs
@@ -35,13 +36,14 @@ def test_the_null_agent_is_the_stock_pipeline(tmp_path, prediction_type, spacing
     lr = torch.rand(2, 3, 16, 24)
     ours = orl.load_ldm(str(tmp_path), CPU)
     ours.autocast = torch.autocast("cpu", enabled=False)
-    expected = pipeline(2 * lr - 1, num_inference_steps=steps, eta=0.0, generator=torch.Generator().manual_seed(7), output_type="pt")
+    expected = pipeline(2 * lr - 1, num_inference_steps=steps, eta=0.0, generator=torch.Generator().manual_seed(7), output_type="np")
     z = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(7))
     mdp = orl.Denoising(ours, base_steps=steps, max_calls=steps)
     sr, calls, _ = mdp.super_resolve(lr, z, orl.constant_policy(orl.PLAIN))
     assert calls.tolist() == [steps, steps]
-    assert expected.images.std() > 0.01  # the comparison is not between two blanks
-    torch.testing.assert_close(sr, expected.images, atol=1e-4, rtol=0)
+    images = torch.from_numpy(expected.images).permute(0, 3, 1, 2)
+    assert images.std() > 0.01  # the comparison is not between two blanks
+    torch.testing.assert_close(sr, images, atol=1e-4, rtol=0)
 
 
 def test_an_untrained_agent_is_nearly_the_plain_ldm_and_its_zero_action_exactly(tmp_path):
@@ -269,12 +271,12 @@ def test_ppo_solves_a_bandit_whose_best_action_is_known():
     args = orl.Args(learning_rate=3e-3, minibatch_size=64)
     agent, target = orl.Agent(1), torch.tensor([0.6, -0.4, 0.2, 0.8, -0.7, 0.1, 0.5])
     optimizer, generator = torch.optim.Adam(agent.parameters(), lr=args.learning_rate), torch.Generator().manual_seed(0)
-    maps, numbers = torch.zeros(1, 256, 6, 8, 8).half(), torch.full((1, 256, 4), 0.5)
+    maps, numbers, error = torch.zeros(1, 256, 6, 8, 8).half(), torch.full((1, 256, 4), 0.5), torch.zeros(1, 256, 1, 8, 8).half()
     for _ in range(40):
         with torch.no_grad():
-            action, logprob, _, value = agent.action_and_value(maps[0], numbers[0], generator=generator)
+            action, logprob, _, value = agent.action_and_value(maps[0], numbers[0], error[0], generator=generator)
         reward = 0.01 * -(action - target).square().sum(1) * args.reward_scale
-        batch = {"maps": maps, "numbers": numbers, "actions": action[None], "logprobs": logprob[None], "values": value[None]}
+        batch = {"maps": maps, "numbers": numbers, "error": error, "actions": action[None], "logprobs": logprob[None], "values": value[None]}
         batch["advantages"], batch["returns"] = orl.gae(reward[None], value[None], torch.ones(1, 256, dtype=bool), torch.zeros(256), 0.99, 0.95)
         figures = orl.update(agent, optimizer, batch, args, generator)
     assert (agent.mean(maps[0, :1], numbers[0, :1])[0] - target).abs().max() < 0.15
