@@ -60,7 +60,7 @@ class Args:
     crop: int = 128
     """px of a training crop; a multiple of 4 x the U-Net's stride"""
 
-    base_steps: int = 10
+    base_steps: int = 5
     """steps of the plain DDIM schedule that a zero action follows"""
     max_calls: int = 10
     """denoiser calls an image may cost; the last one jumps to the clean latent"""
