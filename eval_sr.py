@@ -403,7 +403,7 @@ def load_agent(run: Path, ldm: orl.LDM) -> orl.Agent:
     tensors, state = sr_inputs.load_tensors(run / "agent.safetensors")
     if state["components"] != list(orl.COMPONENTS):
         stop(f"{run}: its agent's actions are {', '.join(state['components'])}, not {', '.join(orl.COMPONENTS)}; train it again")
-    if state["ldm"] != ldm.fingerprint():
+    if state["ldm"] != ldm.fingerprint:
         stop(f"{run}: its agent was trained for another LDM ({state['args']['ldm']}, fingerprint {state['ldm']}); give that with --ldm")
     agent = orl.Agent(ldm.latent_channels)
     agent.load_state_dict(tensors)

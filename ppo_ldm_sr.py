@@ -17,7 +17,6 @@ One step of the environment, for every image of a batch (a slot):
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from torch import nn
 
 import sr_inputs  # images, weights and checkpoints as files; nothing of the method
 from sr_inputs import Scenes, has_bf16, load_lpips, load_scenes, pick_device, save_tensors, say, stop
+
 
 @dataclass
 class Args:
@@ -117,6 +117,8 @@ class LDM:
         self.stride = 2 ** (len(unet.config.block_out_channels) - 1)  # sides of the latent grid are multiples of it
         self.num_timesteps = scheduler.config.num_train_timesteps
         self.prediction_type = scheduler.config.prediction_type
+        self.fingerprint = sr_inputs.fingerprint(unet, vqvae)
+        self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf  # of clean latents
         # alpha_bar of the timesteps 0 .. T-1, and last (index -1) that of the clean latent
         self.alphas = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)]).to(device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device) if bf16 is None else bf16)
@@ -132,11 +134,12 @@ class LDM:
             output = self.unet(torch.cat([z, 2 * lr - 1], dim=1), t, return_dict=False)[0].float()
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         a, b = alpha.sqrt(), (1 - alpha).sqrt()  # z = a x0 + b noise
-        if self.prediction_type == "epsilon":
-            return (z - b * output) / a, output
-        if self.prediction_type == "v_prediction":
-            return a * z - b * output, a * output + b * z
-        return output, (z - a * output) / b  # "sample"
+        x0, noise = {
+            "epsilon": lambda: ((z - b * output) / a, output),
+            "v_prediction": lambda: (a * z - b * output, a * output + b * z),
+            "sample": lambda: (output, (z - a * output) / b),
+        }[self.prediction_type]()
+        return x0.clamp(-self.limit, self.limit), noise
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (n, c, h, w) -> images (n, 3, 4h, 4w) in [0, 1]."""
@@ -150,15 +153,6 @@ class LDM:
             code = self.vqvae.encode(2 * image - 1, return_dict=False)[0]
         return (code if isinstance(code, torch.Tensor) else code.mode()).float()
 
-    def fingerprint(self) -> str:
-        """Twelve hex digits of the weights' SHA-256: an agent belongs to the LDM that it was trained with."""
-        digest = hashlib.sha256()
-        for module in (self.unet, self.vqvae):
-            for name, value in sorted(module.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(value.float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:12]
-
 
 def load_ldm(name: str, device: torch.device) -> LDM:
     """The LDM in a folder of diffusers' layout or on the Hub."""
@@ -166,6 +160,7 @@ def load_ldm(name: str, device: torch.device) -> LDM:
 
 
 # ------------------------------------------------------------------------------------------------ LR images and reward
+
 
 def downscale(hr: torch.Tensor) -> torch.Tensor:
     """HR (n, 3, H, W) in [0, 1] -> LR (n, 3, H/4, W/4) in [0, 1]."""
@@ -233,9 +228,9 @@ class Reward:
 COMPONENTS = {
     "blend": (0.0, 0.0, 1.0, 0.3),  # last step: x0 <- (1 - b) x0 + b posterior mean       less distortion
     "blend_slope": (0.0, -0.5, 0.5, 0.3),  # more of it where x0 is far from the mean      fewer inventions
-    "sharpen": (0.0, -0.5, 1.0, 0.3),  # x0 <- x0 + s (x0 - its 3 x 3 mean)                more contrast
-    "sharpen_slope": (0.0, -0.5, 0.5, 0.3),  # negative: less of it where x0 is far from the mean
-    "noise": (1.0, 0.5, 1.1, 0.05),  # scale of the noise kept for the next step           less of it: smoother
+    "sharpen": (0.0, -0.5, 1.0, 0.15),  # x0 <- x0 + s (x0 - its 3 x 3 mean)                more contrast
+    "sharpen_slope": (0.0, -0.5, 0.5, 0.15),  # negative: less of it where x0 is far from the mean
+    "noise": (1.0, 0.5, 1.1, 0.02),  # scale of the noise kept for the next step           less of it: smoother
     "consistency": (0.0, 0.0, 1.0, 1.0),  # end: SR <- SR + up(g (LR - down(SR)))          truer to the LR image
     "stride": (1.0, 0.5, 5.0, 1.0),  # times the plain schedule's jump, a power of two     fewer calls
 }
@@ -308,11 +303,11 @@ class Denoising:
         return State(lr, z, t, torch.ones_like(t), x0, noise, x0)
 
     def observe(self, s: State) -> tuple[torch.Tensor, torch.Tensor]:
-        """State s_t: maps on the latent grid (n, 3c + 3, h, w) in float16, and (n, 4) numbers of time and calls."""
+        """State s_t: maps on the latent grid (n, 3c + 3, h, w) in float16, and (n, 4) numbers of time and calls in [-2, 2]."""
         maps = torch.cat([s.z, s.x0, s.x0 - s.mean, 2 * s.lr - 1], dim=1)
         alpha = self.ldm.alphas[s.t]
         time_left, calls = s.t / self.ldm.num_timesteps, s.calls / self.max_calls
-        return maps.half(), torch.stack([time_left, calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1).float()
+        return maps.half(), 4 * torch.stack([time_left, calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1).float() - 2
 
     def advance(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Steered DDIM step: action (n, 7) -> latents (n, c, h, w), their timesteps (n,), done (n,).
@@ -433,9 +428,9 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 
 
 class Net(nn.Module):
-    """Maps (n, channels, h, w) and 4 numbers (n, 4) -> (n, outputs): convolutions, mean and spread, two layers."""
+    """Maps (n, channels, h, w) and numbers (n, k) -> (n, outputs): convolutions, mean and spread, three layers."""
 
-    def __init__(self, channels: int, outputs: int, std: float):
+    def __init__(self, channels: int, numbers: int, outputs: int, std: float):
         super().__init__()
         self.conv = nn.Sequential(
             layer_init(nn.Conv2d(channels, 32, 3, stride=2, padding=1)),
@@ -446,14 +441,14 @@ class Net(nn.Module):
             nn.SiLU(),
         )
         self.head = nn.Sequential(
-            layer_init(nn.Linear(132, 128)), nn.SiLU(), layer_init(nn.Linear(128, 128)), nn.SiLU(),
+            layer_init(nn.Linear(128 + numbers, 128)), nn.SiLU(), layer_init(nn.Linear(128, 128)), nn.SiLU(),
             layer_init(nn.Linear(128, outputs), std),
         )  # fmt: skip
 
     def forward(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         features = self.conv(maps.float().contiguous(memory_format=torch.channels_last))  # (n, 64, h / 4, w / 4)
         pooled = [features.mean(dim=(2, 3)), (features.var(dim=(2, 3), correction=0) + 1e-6).sqrt()]
-        return self.head(torch.cat([*pooled, 4 * numbers - 2], dim=1))
+        return self.head(torch.cat([*pooled, numbers], dim=1))
 
 
 class Agent(nn.Module):
@@ -462,8 +457,8 @@ class Agent(nn.Module):
     def __init__(self, latent_channels: int, num_actions: int = len(COMPONENTS)):
         super().__init__()
         channels = 3 * latent_channels + 3
-        self.actor = Net(channels, num_actions, std=0.01)
-        self.critic = Net(channels + latent_channels, 1, std=1.0)
+        self.actor = Net(channels, 4, num_actions, std=0.01)
+        self.critic = Net(channels + latent_channels, 4 + latent_channels, 1, std=1.0)
         self.logstd = nn.Parameter(torch.full((num_actions,), -0.5))
 
     def mean(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -471,7 +466,8 @@ class Agent(nn.Module):
         return self.actor(maps, numbers)
 
     def value(self, maps: torch.Tensor, numbers: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-        return self.critic(torch.cat([maps, error], dim=1), numbers).squeeze(1)
+        energy = (error.float().square().mean(dim=(2, 3)) + 1e-4).log()  # (n, c): PSNR is a logarithm of the error too
+        return self.critic(torch.cat([maps, error], dim=1), torch.cat([numbers, energy], dim=1)).squeeze(1)
 
     def action_and_value(self, maps, numbers, error, action=None, generator=None):
         """-> action (n, 7), its log-probability (n,), entropy (n,), value (n,); draws the action where none is given."""
@@ -652,7 +648,7 @@ def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: di
         ended = {k: torch.cat([info[k] for info in infos]).float().mean() for k in infos[0]}
         log |= {f"reward/{k[5:]}": v for k, v in ended.items() if k.startswith("term_")}
         log |= {f"charts/{k}": ended[k] for k in ("episodic_return", "denoiser_calls", "psnr_gain_over_bicubic")}
-    call = (batch["numbers"][..., 1] * batch["max_calls"]).round().flatten()
+    call = ((batch["numbers"][..., 1] + 2) / 4 * batch["max_calls"]).round().flatten()
     for component, value in action_values(batch["actions"].flatten(0, 1)).items():
         for k in call.unique().tolist():
             log[f"policy/{component}_call_{int(k):02d}"] = value.flatten()[call == k].mean()
@@ -691,10 +687,9 @@ def main(args: Args) -> None:
 
     # ---- LDM, data, reward
     ldm = load_ldm(args.ldm, device)
-    fingerprint = ldm.fingerprint()
     millions = sum(p.numel() for p in ldm.unet.parameters()) / 1e6
-    say(f"LDM: {args.ldm}, U-Net of {millions:.1f} M parameters, {ldm.latent_channels} latent channels, {ldm.prediction_type}, fingerprint {fingerprint}")
-    if state and state["ldm"] != fingerprint:
+    say(f"LDM: {args.ldm}, U-Net of {millions:.1f} M parameters, {ldm.latent_channels} latent channels, {ldm.prediction_type}, fingerprint {ldm.fingerprint}")
+    if state and state["ldm"] != ldm.fingerprint:
         stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with (fingerprint {state['ldm']})")
     if args.crop % (4 * ldm.stride):
         stop(f"--crop {args.crop}: must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
@@ -736,7 +731,7 @@ def main(args: Args) -> None:
 
     def save(iteration: int) -> None:
         kept = training_tensors(agent, optimizer, env, generators)
-        state.update(args=vars(args), iteration=iteration, step=iteration * per_iteration, ldm=fingerprint,
+        state.update(args=vars(args), iteration=iteration, step=iteration * per_iteration, ldm=ldm.fingerprint,
                      components=list(COMPONENTS), title=train.title, scenes=train.names)  # fmt: skip
         if rank == 0:
             save_tensors(run / "checkpoint.safetensors", kept, state)
@@ -772,7 +767,8 @@ def main(args: Args) -> None:
                 for k in steered:
                     writer.add_scalar(f"eval/{k}_agent", steered[k].mean(), state["step"])
                     writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), state["step"])
-                log_images(writer, mdp, test, agent, chosen[:: max(1, len(chosen) // 4)][:4], crop, args.seed, state["step"])
+                if iteration + 1 in (args.eval_every, iterations):  # the start and the end: events stay small
+                    log_images(writer, mdp, test, agent, chosen[:: max(1, len(chosen) // 4)][:4], crop, args.seed, state["step"])
                 bar.set_description(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB over plain")
             if infos:
                 episodes = {k: float(torch.cat([info[k] for info in infos]).float().mean()) for k in ("episodic_return", "denoiser_calls")}

@@ -4,6 +4,7 @@ one sentence that is said when one of them cannot be had. Nothing of the method 
 
 import dataclasses
 import glob
+import hashlib
 import io
 import json
 import os
@@ -270,6 +271,16 @@ def load_parts(name: str) -> tuple[nn.Module, nn.Module, object]:
     if unet.config.in_channels != unet.config.out_channels + 3:
         stop(f"--ldm {name}: its U-Net takes {unet.config.in_channels} channels, not its latent's plus the LR image's 3")
     return unet, vqvae, scheduler
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """Twelve hex digits of the weights' SHA-256: an agent belongs to the LDM that it was trained with."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------ LPIPS

@@ -16,7 +16,7 @@ if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
     os.environ["TORCH_HOME"] = str(SHARED / "torch_home")
 
 
-def tiny_ldm(folder, prediction_type="epsilon", latent_channels=3, spacing="leading"):
+def tiny_ldm(folder, prediction_type="epsilon", latent_channels=3, spacing="leading", clip_sample=False):
     """A random LDM of CompVis' classes (UNet2DModel, VQModel, DDIMScheduler), saved in diffusers' layout."""
     from diffusers import DDIMScheduler, UNet2DModel, VQModel
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution import LDMSuperResolutionPipeline
@@ -31,7 +31,7 @@ def tiny_ldm(folder, prediction_type="epsilon", latent_channels=3, spacing="lead
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
     scheduler = DDIMScheduler(
-        beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear", clip_sample=False,
+        beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear", clip_sample=clip_sample,
         prediction_type=prediction_type, timestep_spacing=spacing,
     )  # fmt: skip
     pipeline = LDMSuperResolutionPipeline(vqvae=vqvae, unet=unet, scheduler=scheduler)

@@ -174,7 +174,7 @@ def test_a_pickle_is_never_loaded(tmp_path, capsys):
 def test_an_agent_of_another_ldm_or_action_space_is_refused(tmp_path, ldm_folder, capsys):
     ldm = orl.load_ldm(str(ldm_folder), CPU)
     tensors = orl.Agent(3).state_dict()
-    state = {"components": list(orl.COMPONENTS), "ldm": ldm.fingerprint(), "args": {"ldm": "x"}}
+    state = {"components": list(orl.COMPONENTS), "ldm": ldm.fingerprint, "args": {"ldm": "x"}}
     sr_inputs.save_tensors(tmp_path / "agent.safetensors", tensors, state)
     assert eval_sr.load_agent(tmp_path, ldm)
     sr_inputs.save_tensors(tmp_path / "agent.safetensors", tensors, state | {"ldm": "0" * 12})

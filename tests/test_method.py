@@ -28,9 +28,9 @@ def act(**units):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("steps", [1, 4, 10])
-def test_the_null_agent_is_the_stock_pipeline(tmp_path, prediction_type, spacing, steps):
-    tiny_ldm(tmp_path, prediction_type, spacing=spacing)
+@pytest.mark.parametrize("steps, clip_sample", [(1, False), (4, False), (10, True)])
+def test_the_null_agent_is_the_stock_pipeline(tmp_path, prediction_type, spacing, steps, clip_sample):
+    tiny_ldm(tmp_path, prediction_type, spacing=spacing, clip_sample=clip_sample)
     pipeline = LDMSuperResolutionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     lr = torch.rand(2, 3, 16, 24)
