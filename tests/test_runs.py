@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 from conftest import ROOT, SHARED
 
 import eval_sr
+import ppo_ldm_sr as orl
 import sr_inputs
 
 SMALL = ["--num-envs", "4", "--num-steps", "25", "--crop", "64", "--eval-images", "2", "--max-calls", "4", "--base-steps", "4"]
@@ -150,3 +152,40 @@ def test_on_real_images_the_agent_beats_the_plain_ldm(tmp_path):
     mean = {m: {k: sum(float(r[k]) for r in rows if r["method"] == m) / 16 for k in ("psnr", "ssim", "lpips", "calls")} for m in ("ldm", "agent")}
     assert mean["agent"]["psnr"] > mean["ldm"]["psnr"] + 1 and mean["agent"]["ssim"] > mean["ldm"]["ssim"] + 0.03
     assert mean["agent"]["lpips"] < mean["ldm"]["lpips"] + 0.01 and mean["agent"]["calls"] <= 10
+
+
+def test_pretraining_writes_an_ldm_that_loads_and_goes_on_where_it_stopped(tmp_path):
+    folder = tmp_path / "ldm"
+    flags = ["--dataset", "runs/scenes", "--output", folder, "--crop", "64", "--batch-unet", "8", "--report-images", "2"]
+    said = run("pretrain_ldm.py", *flags, "--minutes-autoencoder", "0.03", "--minutes-unet", "0.03")
+    assert "plain DDIM, 100 step(s)" in said and "PCA of 4 x 4 patches, 8 channels" in said
+    first = json.loads((folder / "training.json").read_text())
+    said = run("pretrain_ldm.py", *flags, "--minutes-autoencoder", "0", "--minutes-unet", "0.03", code=2)
+    assert "holds a model; go on with --resume" in said
+    run("pretrain_ldm.py", *flags, "--resume", "--minutes-autoencoder", "0", "--minutes-unet", "0.03")
+    second = json.loads((folder / "training.json").read_text())
+    assert second["autoencoder"] == first["autoencoder"] > 0 and second["unet"] > first["unet"] > 0
+    assert orl.load_ldm(str(folder), torch.device("cpu")).latent_channels == 8
+
+
+def test_the_readme_explains_every_logged_metric(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0]))
+    events.Reload()
+    text = (ROOT / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    for tag in events.Tags()["scalars"]:
+        group, name = tag.split("/")
+        plain = re.sub(r"_(agent|plain|constant)$|_call_\d+$", "", name)
+        row = [r for r in rows if r.startswith(f"| `{group}/") and (plain in r or "{component}" in r and plain in orl.COMPONENTS)]
+        assert row, f"README.md explains no {tag}"
+
+
+def test_the_readme_lists_every_choice_that_the_code_marks():
+    text = (ROOT / "README.md").read_text()
+    listed = text[text.index("## What the paper leaves open") :].split("\n## ")[0]
+    choices = re.findall(r"# choice: (.*)", "\n".join((ROOT / f).read_text() for f in ("ppo_ldm_sr.py", "sr_inputs.py")))
+    assert len(choices) >= 8
+    for choice in choices:
+        assert choice in listed, choice
