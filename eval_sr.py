@@ -247,7 +247,7 @@ def figure(path: Path, mdp: Denoising, scenes: Scenes, agent, rows, args: Args, 
     from matplotlib import pyplot as plt
 
     names = [name for name in scenes.names if len(column(rows, "agent", "psnr", name))]
-    fig, axes = plt.subplots(len(names), 4, figsize=(10, 2.6 * len(names)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(names), 4, figsize=(9, 2.35 * len(names)), squeeze=False, layout="constrained")
     for name, line in zip(names, axes):
         gain = column(rows, "agent", "reward", name) - column(rows, "ldm", "reward", name)
         index = sorted(r["index"] for r in rows if r["method"] == "agent" and r["scene"] == name)
@@ -279,7 +279,7 @@ def figure(path: Path, mdp: Denoising, scenes: Scenes, agent, rows, args: Args, 
                 ax.set_title(label, fontsize=10)
         line[0].set_ylabel(name.replace("_", " "), fontsize=9)
     fig.suptitle(f"{title}\nper scene the image of median gain in reward", fontsize=9)
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=100)
     plt.close(fig)
 
 

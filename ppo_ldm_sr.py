@@ -643,8 +643,8 @@ def restore(tensors: dict, agent: Agent, optimizer, env: DenoisingEnv, generator
 # ------------------------------------------------------------------------------------------------ main
 
 
-def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: dict) -> None:
-    """Scalars and histograms of one iteration: episodes, the reward's terms, actions by denoiser call."""
+def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: dict, histograms: bool) -> None:
+    """Scalars (and histograms) of one iteration: episodes, the reward's terms, actions by denoiser call."""
     log = dict(figures)
     if infos:
         ended = {k: torch.cat([info[k] for info in infos]).float().mean() for k in infos[0]}
@@ -654,7 +654,8 @@ def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: di
     for component, value in action_values(batch["actions"].flatten(0, 1)).items():
         for k in call.unique().tolist():
             log[f"policy/{component}_call_{int(k):02d}"] = value.flatten()[call == k].mean()
-        writer.add_histogram(f"policy/{component}", value.flatten(), step)
+        if histograms:
+            writer.add_histogram(f"policy/{component}", value.flatten(), step)
     for tag, value in log.items():
         writer.add_scalar(tag, float(value), step)
 
@@ -763,8 +764,9 @@ def main(args: Args) -> None:
             figures = {f"losses/{k}": v for k, v in losses.items()}
             figures |= {"charts/SPS": per_iteration / seconds, "charts/update_share": 1 - (rolled - began) / seconds,
                         "charts/learning_rate": optimizer.param_groups[0]["lr"]}  # fmt: skip
-            log_iteration(writer, state["step"], batch | {"max_calls": args.max_calls}, infos, figures)
-            if (iteration + 1) % args.eval_every == 0 or iteration + 1 == iterations:
+            evaluating = (iteration + 1) % args.eval_every == 0 or iteration + 1 == iterations
+            log_iteration(writer, state["step"], batch | {"max_calls": args.max_calls}, infos, figures, evaluating)
+            if evaluating:
                 steered = evaluate(mdp, test, reward, agent.mean, chosen, crop, args.seed)
                 for k in steered:
                     writer.add_scalar(f"eval/{k}_agent", steered[k].mean(), state["step"])

@@ -300,8 +300,8 @@ SCENES = ("commercial_area", "dense_residential", "desert", "forest", "industria
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/scenes")
-    parser.add_argument("--train", type=int, default=18, help="pictures a class")
-    parser.add_argument("--test", type=int, default=6, help="pictures a class, of other seeds")
+    parser.add_argument("--train", type=int, default=16, help="pictures a class")
+    parser.add_argument("--test", type=int, default=5, help="pictures a class, of other seeds")
     args = parser.parse_args()
     for name in SCENES:
         for split, first, count in (("train", 0, args.train), ("test", 10_000, args.test)):
