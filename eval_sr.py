@@ -56,7 +56,7 @@ class Args:
     limit: int = 0
     """images a scene at most; 0: all"""
     output: str | None = None
-    """folder for table.md, table.csv, figure.png and reward.png (default: the agent's run folder)"""
+    """folder for table.md, table.csv, figure.png and reward.png (default: the run folder, or beside it NAME_on_IMAGES)"""
     images: tuple[str, ...] = ()
     """LR images or folders of your own: writes NAME_sr.png, 4x as large, into --output (default: beside each image)"""
     tile: int = 128
@@ -455,7 +455,8 @@ def main(args: Args) -> None:
     of_scene = [(scenes.scene == k).nonzero().flatten().tolist() for k in range(len(scenes.names))]
     indices = [i for group in of_scene for i in group[: args.limit or None]]
     reward = orl.Reward(sr_inputs.load_lpips(args.lpips_weights), device)
-    output = Path(args.output or run)
+    own = scenes.title == state["title"]
+    output = Path(args.output or (run if own else f"{run}_on_{scenes.title.replace(' ', '_').replace('/', '_')}"))
     try:
         output.mkdir(parents=True, exist_ok=True)
         constant = best_constant(run, state, dataset, mdp, reward)

@@ -610,36 +610,6 @@ def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, cr
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def training_tensors(agent: Agent, optimizer, env: DenoisingEnv, generators: dict) -> dict[str, torch.Tensor]:
-    """All that a bit-for-bit resume needs; what differs between processes is stacked along a first dimension."""
-    own = {f"env.{k}": v for k, v in vars(env.state).items()} | {"env.hr": env.hr, "env.truth": env.truth}
-    own |= {f"generator.{k}": g.get_state().to(env.device) for k, g in generators.items()}
-    for name, value in own.items():
-        parts = [torch.empty_like(value) for _ in range(dist.get_world_size())] if dist.is_initialized() else [value]
-        if dist.is_initialized():
-            dist.all_gather(parts, value.contiguous())
-        own[name] = torch.stack(parts)
-    adam = {f"adam.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-    return own | adam | {f"agent.{k}": v for k, v in agent.state_dict().items()}
-
-
-def restore(tensors: dict, agent: Agent, optimizer, env: DenoisingEnv, generators: dict, rank: int) -> None:
-    """Puts the tensors of `training_tensors` back."""
-    agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
-    saved = optimizer.state_dict()
-    for name in (k for k in tensors if k.startswith("adam.")):
-        _, i, key = name.split(".")
-        saved["state"].setdefault(int(i), {})[key] = tensors[name]
-    optimizer.load_state_dict(saved)
-    for name, generator in generators.items():
-        generator.set_state(tensors[f"generator.{name}"][rank])
-    fields = {k[4:]: v[rank].to(env.device) for k, v in tensors.items() if k.startswith("env.")}
-    env.hr, env.truth, env.state = fields.pop("hr"), fields.pop("truth"), State(**fields)
-
-
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -708,16 +678,14 @@ def main(args: Args) -> None:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     generators = {"env": env.generator, "policy": torch.Generator().manual_seed(seed + 10_000), "minibatch": torch.Generator().manual_seed(seed + 20_000)}
     iterations, first = args.total_timesteps // per_iteration, state.get("iteration", 0)
+    observation, _ = env.reset()
     if args.resume:
-        restore(tensors, agent, optimizer, env, generators, rank)
+        sr_inputs.restore(tensors, agent, optimizer, env, generators, rank)
         say(f"resume: step {first * per_iteration} of {args.total_timesteps}"
             + (f", extended from {state['args']['total_timesteps']}" if args.total_timesteps > state["args"]["total_timesteps"] else ""))  # fmt: skip
         observation = env.observe()
-    else:
-        observation, _ = env.reset()
-    spread = max(1, len(test) // (args.eval_images or len(test)))
-    chosen = range(0, len(test), spread)[: args.eval_images or None]  # held-out images, evenly over the scenes
-    crop = args.crop // (4 * ldm.stride) * 4 * ldm.stride
+    # held-out images of the curves, evenly over the scenes
+    chosen = np.unique(np.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().astype(int)).tolist()
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
@@ -729,11 +697,11 @@ def main(args: Args) -> None:
             stop(f"--run {run}: cannot be written ({sr_inputs.reason(error)}); name another folder")
         say(f"run: {run}")
         writer.add_text("arguments", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-        plain = evaluate(mdp, test, reward, constant_policy(PLAIN), chosen, crop, args.seed)
+        plain = evaluate(mdp, test, reward, constant_policy(PLAIN), chosen, args.crop, args.seed)
         bar = tqdm(total=args.total_timesteps, initial=first * per_iteration, unit="step", dynamic_ncols=True)
 
     def save(iteration: int) -> None:
-        kept = training_tensors(agent, optimizer, env, generators)
+        kept = sr_inputs.training_tensors(agent, optimizer, env, generators)
         state.update(args=vars(args), iteration=iteration, step=iteration * per_iteration, ldm=ldm.fingerprint,
                      components=list(COMPONENTS), title=train.title, scenes=train.names)  # fmt: skip
         if rank == 0:
@@ -767,12 +735,12 @@ def main(args: Args) -> None:
             evaluating = (iteration + 1) % args.eval_every == 0 or iteration + 1 == iterations
             log_iteration(writer, state["step"], batch | {"max_calls": args.max_calls}, infos, figures, evaluating)
             if evaluating:
-                steered = evaluate(mdp, test, reward, agent.mean, chosen, crop, args.seed)
+                steered = evaluate(mdp, test, reward, agent.mean, chosen, args.crop, args.seed)
                 for k in steered:
                     writer.add_scalar(f"eval/{k}_agent", steered[k].mean(), state["step"])
                     writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), state["step"])
                 if iteration + 1 in (args.eval_every, iterations):  # the start and the end: events stay small
-                    log_images(writer, mdp, test, agent, chosen[:: max(1, len(chosen) // 4)][:4], crop, args.seed, state["step"])
+                    log_images(writer, mdp, test, agent, chosen[:: max(1, len(chosen) // 4)][:4], args.crop, args.seed, state["step"])
                 bar.set_description(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB over plain")
             if infos:
                 episodes = {k: float(torch.cat([info[k] for info in infos]).float().mean()) for k in ("episodic_return", "denoiser_calls")}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -411,6 +412,33 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
     except Exception as error:
         stop(f"{path} is damaged ({type(error).__name__}: {reason(error)}); restore it or train again")
+
+
+def training_tensors(agent: nn.Module, optimizer, env, generators: dict) -> dict[str, torch.Tensor]:
+    """All that a bit-for-bit resume needs; what differs between processes is stacked along a first dimension."""
+    own = {f"env.{k}": v for k, v in vars(env.state).items()} | {"env.hr": env.hr, "env.truth": env.truth}
+    own |= {f"generator.{k}": g.get_state().to(env.device) for k, g in generators.items()}
+    for name, value in own.items():
+        parts = [torch.empty_like(value) for _ in range(dist.get_world_size())] if dist.is_initialized() else [value]
+        if dist.is_initialized():
+            dist.all_gather(parts, value.contiguous())
+        own[name] = torch.stack(parts)
+    adam = {f"adam.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    return own | adam | {f"agent.{k}": v for k, v in agent.state_dict().items()}
+
+
+def restore(tensors: dict, agent: nn.Module, optimizer, env, generators: dict, rank: int) -> None:
+    """Puts the tensors of `training_tensors` back."""
+    agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
+    saved = optimizer.state_dict()
+    for name in (k for k in tensors if k.startswith("adam.")):
+        _, i, key = name.split(".")
+        saved["state"].setdefault(int(i), {})[key] = tensors[name]
+    optimizer.load_state_dict(saved)
+    for name, generator in generators.items():
+        generator.set_state(tensors[f"generator.{name}"][rank])
+    fields = {k[4:]: v[rank].to(env.device) for k, v in tensors.items() if k.startswith("env.")}
+    env.hr, env.truth, env.state = fields.pop("hr"), fields.pop("truth"), type(env.state)(**fields)
 
 
 # ------------------------------------------------------------------------------------------------ settings
