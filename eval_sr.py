@@ -406,7 +406,10 @@ def load_agent(run: Path, ldm: orl.LDM) -> orl.Agent:
     if state["ldm"] != ldm.fingerprint:
         stop(f"{run}: its agent was trained for another LDM ({state['args']['ldm']}, fingerprint {state['ldm']}); give that with --ldm")
     agent = orl.Agent(ldm.latent_channels)
-    agent.load_state_dict(tensors)
+    try:
+        agent.load_state_dict(tensors)
+    except RuntimeError:
+        stop(f"{run}: its agent is of another version of this code (its network has other layers); train it again")
     return agent.to(ldm.device).eval()
 
 

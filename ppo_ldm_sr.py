@@ -649,9 +649,8 @@ def main(args: Args) -> None:
         if device.type == "cpu":
             say("training: 60,000 steps, about 15 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
     sr_inputs.check_args(args, world)
-    run = Path(args.run or f"runs/{Path(args.dataset).name}__orl_ldm__{args.seed}__{int(time.time())}")
-    if not args.resume and rank == 0 and run.exists() and any(run.iterdir()):
-        stop(f"--run {run}: the folder exists; go on with --resume {run} or name another")
+    if args.run and not args.resume and rank == 0 and Path(args.run).exists() and any(Path(args.run).iterdir()):
+        stop(f"--run {args.run}: the folder exists; go on with --resume {args.run} or name another")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed
@@ -686,6 +685,7 @@ def main(args: Args) -> None:
         observation = env.observe()
     # held-out images of the curves, evenly over the scenes
     chosen = np.unique(np.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().astype(int)).tolist()
+    run = Path(args.run or f"runs/{train.title.replace(' ', '_').replace('/', '_')}__orl_ldm__{args.seed}__{int(time.time())}")
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm

@@ -183,6 +183,9 @@ def test_an_agent_of_another_ldm_or_action_space_is_refused(tmp_path, ldm_folder
     sr_inputs.save_tensors(tmp_path / "agent.safetensors", tensors, state | {"components": ["zoom"]})
     with stops_with(capsys, "zoom"):
         eval_sr.load_agent(tmp_path, ldm)
+    sr_inputs.save_tensors(tmp_path / "agent.safetensors", dict(list(tensors.items())[1:]), state)
+    with stops_with(capsys, "another version"):
+        eval_sr.load_agent(tmp_path, ldm)
     file = tmp_path / "agent.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with stops_with(capsys, "damaged"):
