@@ -80,7 +80,7 @@ def action_range() -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(ends).T)
 
 
-def search_constant(mdp: Denoising, scenes: Scenes, reward: orl.Reward, crop: int, seed: int, images=48, population=24):
+def search_constant(mdp: Denoising, scenes: Scenes, reward: orl.Reward, crop: int, seed: int, images=32, population=24):
     """The best constant action on training crops, by the cross-entropy method: at first all over the components'
     ranges, then around the best. -> action (7,), its mean reward.
     """
@@ -91,7 +91,7 @@ def search_constant(mdp: Denoising, scenes: Scenes, reward: orl.Reward, crop: in
 
     def score(action: torch.Tensor) -> float:
         total = 0.0
-        for part in torch.arange(images).split(24):
+        for part in torch.arange(images).split(16):
             sr, calls, _ = mdp.super_resolve(lr[part], z[part], constant_policy(action))
             total += float(reward(reward.metrics(sr, hr[part]), calls).sum())
         return total / images
