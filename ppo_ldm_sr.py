@@ -44,7 +44,7 @@ class Args:
     """seed of weights, crops, noise and actions (Table 1: 42)"""
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda"""
-    run: str | None = None
+    run_dir: str | None = None
     """run folder (default: runs/{images}__orl_ldm__{seed}__{time})"""
     resume: str | None = None
     """run folder to go on with; a larger --total-timesteps extends a finished run"""
@@ -108,9 +108,9 @@ class LDM:
     """
 
     def __init__(self, unet: nn.Module, vqvae: nn.Module, scheduler, device: torch.device, bf16: bool | None = None):
-        memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        self.memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
         self.unet, self.vqvae = (
-            m.to(device, memory_format=memory_format).eval().requires_grad_(False) for m in (unet, vqvae)
+            m.to(device, memory_format=self.memory_format).eval().requires_grad_(False) for m in (unet, vqvae)
         )
         self.scheduler, self.device = scheduler, device
         self.latent_channels = unet.config.out_channels
@@ -128,10 +128,16 @@ class LDM:
         self.scheduler.set_timesteps(steps)
         return min(int(self.scheduler.timesteps[0]), self.num_timesteps - 1)
 
+    def lay_out(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, c, h, w) in the memory layout of the models; what comes out of them is made contiguous again, since sums
+        round differently in another layout and a resumed run must not."""
+        return x.contiguous(memory_format=self.memory_format)
+
     def predict(self, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One denoiser call: latents z (n, c, h, w) at timesteps t (n,), LR (n, 3, h, w) -> clean latents, noise."""
         with self.autocast:
-            output = self.unet(torch.cat([z, 2 * lr - 1], dim=1), t, return_dict=False)[0].float()
+            output = self.unet(self.lay_out(torch.cat([z, 2 * lr - 1], dim=1)), t, return_dict=False)[0]
+        output = output.float().contiguous()
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         a, b = alpha.sqrt(), (1 - alpha).sqrt()  # z = a x0 + b noise
         x0, noise = {
@@ -144,14 +150,14 @@ class LDM:
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (n, c, h, w) -> images (n, 3, 4h, 4w) in [0, 1]."""
         with self.autocast:
-            image = self.vqvae.decode(z, return_dict=False)[0]
+            image = self.vqvae.decode(self.lay_out(z), return_dict=False)[0].contiguous()
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Images (n, 3, 4h, 4w) in [0, 1] -> latents (n, c, h, w), of the mean where the encoder gives a density."""
         with self.autocast:
-            code = self.vqvae.encode(2 * image - 1, return_dict=False)[0]
-        return (code if isinstance(code, torch.Tensor) else code.mode()).float()
+            code = self.vqvae.encode(self.lay_out(2 * image - 1), return_dict=False)[0]
+        return (code if isinstance(code, torch.Tensor) else code.mode()).float().contiguous()
 
 
 def load_ldm(name: str, device: torch.device) -> LDM:
@@ -649,8 +655,8 @@ def main(args: Args) -> None:
         if device.type == "cpu":
             say("training: 50,000 steps, about 15 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
     sr_inputs.check_args(args, world)
-    if args.run and not args.resume and rank == 0 and Path(args.run).exists() and any(Path(args.run).iterdir()):
-        stop(f"--run {args.run}: the folder exists; go on with --resume {args.run} or name another")
+    if args.run_dir and not args.resume and rank == 0 and Path(args.run_dir).exists() and any(Path(args.run_dir).iterdir()):
+        stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume {args.run_dir} or name another")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed
@@ -685,7 +691,7 @@ def main(args: Args) -> None:
         observation = env.observe()
     # held-out images of the curves, evenly over the scenes
     chosen = np.unique(np.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().astype(int)).tolist()
-    run = Path(args.run or f"runs/{train.title.replace(' ', '_').replace('/', '_')}__orl_ldm__{args.seed}__{int(time.time())}")
+    run = Path(args.run_dir or f"runs/{train.title.replace(' ', '_').replace('/', '_')}__orl_ldm__{args.seed}__{int(time.time())}")
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
@@ -694,7 +700,7 @@ def main(args: Args) -> None:
             run.mkdir(parents=True, exist_ok=True)
             writer = SummaryWriter(run, purge_step=first * per_iteration + 1 if args.resume else None)
         except OSError as error:
-            stop(f"--run {run}: cannot be written ({sr_inputs.reason(error)}); name another folder")
+            stop(f"--run-dir {run}: cannot be written ({sr_inputs.reason(error)}); name another folder")
         say(f"run: {run}")
         writer.add_text("arguments", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
         plain = evaluate(mdp, test, reward, constant_policy(PLAIN), chosen, args.crop, args.seed)

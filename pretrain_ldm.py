@@ -9,7 +9,6 @@ A second call with --resume goes on from the weights in --output for as many min
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import nn
 
 import ppo_ldm_sr as orl
 from ppo_ldm_sr import downscale
-from sr_inputs import Scenes, has_bf16, load_lpips, load_scenes, pick_device, say
+from sr_inputs import Scenes, has_bf16, load_lpips, load_scenes, pick_device, say, stop
 
 
 @dataclass
@@ -188,7 +187,7 @@ def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch
         if step % 50 == 0:
             value = loss.item()
             if not math.isfinite(value):
-                sys.exit(f"error: the {name}'s loss is {value} after {seen} samples; lower its learning rate and go on with --resume")
+                stop(f"the {name}'s loss is {value} after {seen} samples; lower its learning rate and go on with --resume")
             smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
             for key, figure in {"loss": smooth, "learning_rate": rate, **figures}.items():
                 writer.add_scalar(f"{name}/{key}", float(figure), seen)
@@ -258,7 +257,7 @@ def main(args: Args) -> None:
     if args.resume and (output / "vqvae").is_dir():
         vae = AutoencoderDC.from_pretrained(output / "vqvae", torch_dtype=torch.float32)
     elif (output / "vqvae").is_dir() and not args.resume:
-        sys.exit(f"error: {output} holds a model; go on with --resume or name another --output")
+        stop(f"{output} holds a model; go on with --resume or name another --output")
     else:
         vae = make_autoencoder()
     unet = UNet2DModel.from_pretrained(output / "unet", torch_dtype=torch.float32) if args.resume and (output / "unet").is_dir() else make_unet()
@@ -273,8 +272,7 @@ def main(args: Args) -> None:
     compiled = torch.compile if args.compile else (lambda module: module)
 
     if args.minutes_autoencoder > 0:
-        lpips, source = load_lpips(args.lpips_weights)
-        say(f"LPIPS: {source}")
+        lpips = load_lpips(args.lpips_weights)
         autoencode = compiled(vae.decode)
         encode = compiled(vae.encode)
         lpips = lpips and lpips.to(device, memory_format=torch.channels_last)

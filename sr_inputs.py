@@ -443,19 +443,21 @@ def restore(tensors: dict, agent: nn.Module, optimizer, env, generators: dict, r
 
 # ------------------------------------------------------------------------------------------------ settings
 
-FREE_ON_RESUME = ("total_timesteps", "resume", "run", "device", "lpips_weights", "eval_images", "eval_every")
+FREE_ON_RESUME = ("total_timesteps", "resume", "run_dir", "device", "lpips_weights", "eval_images", "eval_every")
 
 
 def resume_args(args) -> tuple[object, dict, dict]:
     """Arguments, tensors and state of the run to go on with; flags that would change the method are refused."""
     tensors, state = load_tensors(Path(args.resume) / "checkpoint.safetensors")
+    if state["args"].keys() != vars(args).keys():
+        stop(f"--resume {args.resume}: that run was written by another version of this code; start a new run")
     old = type(args)(**{**state["args"], "scenes": tuple(state["args"]["scenes"])})
     changed = [k for k, v in vars(args).items() if k not in FREE_ON_RESUME and v not in (getattr(type(args), k), getattr(old, k))]
     if changed:
         flags = ", ".join("--" + k.replace("_", "-") for k in changed)
         stop(f"--resume {args.resume}: {flags} would change the method of that run; leave out or start a new run")
     free = {k: getattr(args, k) for k in FREE_ON_RESUME if getattr(args, k) is not None}
-    return dataclasses.replace(old, **{**free, "run": args.resume}), tensors, state
+    return dataclasses.replace(old, **{**free, "run_dir": args.resume}), tensors, state
 
 
 def check_args(args, world: int) -> None:

@@ -30,7 +30,7 @@ def run(*command, code=0, timeout=280, **environment):
 def trained(tmp_path_factory, ldm_folder):
     """200 steps on the synthetic scenes that ship."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run", folder, "--total-timesteps", 200, *SMALL)
+    said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run-dir", folder, "--total-timesteps", 200, *SMALL)
     return folder, said
 
 
@@ -62,7 +62,7 @@ def test_the_csv_has_the_promised_columns_methods_and_one_line_per_image_and_met
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(trained, tmp_path, ldm_folder):
-    run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run", tmp_path / "again", "--total-timesteps", 200, *SMALL)
+    run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run-dir", tmp_path / "again", "--total-timesteps", 200, *SMALL)
     assert_same(trained[0], tmp_path / "again")
 
 
@@ -87,7 +87,7 @@ orl.main(orl.tyro.cli(orl.Args))
 
 def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(trained, tmp_path, ldm_folder):
     folder = tmp_path / "stopped"
-    said = run("-c", STOP_AFTER_ONE, "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run", folder, "--total-timesteps", 200, *SMALL, code=130)
+    said = run("-c", STOP_AFTER_ONE, "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run-dir", folder, "--total-timesteps", 200, *SMALL, code=130)
     assert f"--resume {folder}" in said
     assert json.loads((folder / "state.json").read_text())["step"] == 100 if (folder / "state.json").exists() else True
     said = run("ppo_ldm_sr.py", "--resume", folder)
@@ -104,9 +104,9 @@ def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tm
         (["--crop", "30", "--dataset", "runs/scenes"], "--crop 30"),
         (["--dataset", "nowhere/to/be/found"], "no such folder"),
         (["--ldm", "runs/nothing"], "no such folder"),
-        (["--run", trained[0]], "the folder exists"),
+        (["--run-dir", trained[0]], "the folder exists"),
     ):
-        said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--run", folder, *flags, code=2)
+        said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--run-dir", folder, *flags, code=2)
         assert said.count("error: ") == 1 and words in said
         assert not folder.exists()
 
@@ -130,7 +130,7 @@ def test_two_processes_keep_equal_weights_on_different_images(tmp_path, ldm_fold
     )
     folder = tmp_path / "two"
     said = run("-m", "torch.distributed.run", "--nproc_per_node=2", script, "--ldm", ldm_folder, "--dataset", "runs/scenes",
-               "--run", folder, "--total-timesteps", 200, *SMALL, OMP_NUM_THREADS="1")  # fmt: skip
+               "--run-dir", folder, "--total-timesteps", 200, *SMALL, OMP_NUM_THREADS="1")  # fmt: skip
     assert said.count("checked 2") == 2 and said.count("device: ") == 1  # two slots a process, one voice
     assert json.loads((folder / "state.json").read_text())["step"] == 200
     assert len(list(folder.glob("events.*"))) == 1
