@@ -619,8 +619,8 @@ def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, cr
 # ------------------------------------------------------------------------------------------------ main
 
 
-def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: dict, histograms: bool) -> None:
-    """Scalars (and histograms) of one iteration: episodes, the reward's terms, actions by denoiser call."""
+def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: dict, histograms: bool) -> dict:
+    """Scalars (and histograms) of one iteration: episodes, the reward's terms, actions by denoiser call; -> scalars."""
     log = dict(figures)
     if infos:
         ended = {k: torch.cat([info[k] for info in infos]).float().mean() for k in infos[0]}
@@ -634,6 +634,7 @@ def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: di
             writer.add_histogram(f"policy/{component}", value.flatten(), step)
     for tag, value in log.items():
         writer.add_scalar(tag, float(value), step)
+    return log
 
 
 def log_images(writer, mdp: Denoising, test: Scenes, agent: Agent, indices, crop: int, seed: int, step: int) -> None:
@@ -739,7 +740,7 @@ def main(args: Args) -> None:
             figures |= {"charts/SPS": per_iteration / seconds, "charts/update_share": 1 - (rolled - began) / seconds,
                         "charts/learning_rate": optimizer.param_groups[0]["lr"]}  # fmt: skip
             evaluating = (iteration + 1) % args.eval_every == 0 or iteration + 1 == iterations
-            log_iteration(writer, state["step"], batch | {"max_calls": args.max_calls}, infos, figures, evaluating)
+            log = log_iteration(writer, state["step"], batch | {"max_calls": args.max_calls}, infos, figures, evaluating)
             if evaluating:
                 steered = evaluate(mdp, test, reward, agent.mean, chosen, args.crop, args.seed)
                 for k in steered:
@@ -749,8 +750,7 @@ def main(args: Args) -> None:
                     log_images(writer, mdp, test, agent, chosen[:: max(1, len(chosen) // 4)][:4], args.crop, args.seed, state["step"])
                 bar.set_description(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB over plain")
             if infos:
-                episodes = {k: float(torch.cat([info[k] for info in infos]).float().mean()) for k in ("episodic_return", "denoiser_calls")}
-                bar.set_postfix_str(f"return {episodes['episodic_return']:+.4f}, {episodes['denoiser_calls']:.1f} calls")
+                bar.set_postfix_str(f"return {log['charts/episodic_return']:+.4f}, {log['charts/denoiser_calls']:.1f} calls")
             bar.update(per_iteration)
     except KeyboardInterrupt:
         say(f"\nstopped: go on with python ppo_ldm_sr.py --resume {run}")
