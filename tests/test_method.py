@@ -10,6 +10,8 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolut
 
 import ppo_ldm_sr as orl
 import sr_inputs
+import sr_metrics
+from sr_metrics import Metrics
 
 CPU = torch.device("cpu")
 
@@ -141,7 +143,7 @@ def test_slopes_act_where_x0_strays_from_the_posterior_mean_and_nowhere_at_the_f
 def make_env(folder, images, num_envs=3, lpips=None, seed=0, **mdp):
     ldm = orl.load_ldm(str(folder), CPU)
     scenes = sr_inputs.load_scenes(str(images), "train")
-    return orl.DenoisingEnv(orl.Denoising(ldm, **{"base_steps": 4, "max_calls": 4, **mdp}), scenes, orl.Reward(lpips, CPU), num_envs, 32, seed)
+    return orl.DenoisingEnv(orl.Denoising(ldm, **{"base_steps": 4, "max_calls": 4, **mdp}), scenes, orl.Reward(Metrics(lpips, CPU)), num_envs, 32, seed)
 
 
 @torch.no_grad()
@@ -187,7 +189,7 @@ def test_an_episode_of_the_environment_is_super_resolve(ldm_folder, image_folder
 def test_psnr_is_per_image_then_mean_whatever_the_batch():
     hr = torch.full((2, 3, 16, 16), 0.0)
     sr = torch.stack([torch.full((3, 16, 16), math.sqrt(0.1)), torch.full((3, 16, 16), math.sqrt(0.5))])
-    reward = orl.Reward(None, CPU)
+    reward = orl.Reward(Metrics(None, CPU))
     psnr = reward.metrics(sr, hr)["psnr"]
     assert psnr.mean().item() == pytest.approx(6.505, abs=1e-3)  # the pooled error would give 5.229
     alone = [reward.metrics(sr[i : i + 1], hr[i : i + 1])["psnr"] for i in (0, 1)]
@@ -195,29 +197,46 @@ def test_psnr_is_per_image_then_mean_whatever_the_batch():
 
 
 def test_metrics_clamp_the_output_and_ssim_never_passes_one():
-    reward, hr = orl.Reward(None, CPU), torch.rand(1, 3, 32, 32).round()
+    reward, hr = orl.Reward(Metrics(None, CPU)), torch.rand(1, 3, 32, 32).round()
     wild = hr * 3 - 1  # -1 and 2: after clamping it is the HR image
     found = reward.metrics(wild, hr)
     assert found["psnr"] == 100 and found["ssim"] == pytest.approx(1, abs=1e-5) and found["ssim"] <= 1 + 1e-5
 
 
 def test_the_reward_is_table_1s_sum_of_terms_in_the_unit_interval():
-    reward = orl.Reward(torch.nn.Identity(), CPU)
+    reward = orl.Reward(Metrics(torch.nn.Identity(), CPU))
     metrics = {"psnr": torch.tensor([25.0]), "ssim": torch.tensor([0.5]), "lpips": torch.tensor([0.3])}
     assert reward(metrics, torch.tensor([4])).item() == pytest.approx(0.4 * 0.5 + 0.3 * 0.5 + 0.2 * 0.7 + 0.1 * 0.96)
-    without = orl.Reward(None, CPU)(metrics | {"lpips": torch.tensor([math.nan])}, torch.tensor([4]))
+    without = orl.Reward(Metrics(None, CPU))(metrics | {"lpips": torch.tensor([math.nan])}, torch.tensor([4]))
     assert without.item() == pytest.approx((0.4 * 0.5 + 0.3 * 0.5 + 0.1 * 0.96) / 0.8)  # renormalised without LPIPS
 
 
+def test_ssim_is_torchmetrics_ssim_for_any_size():
+    from torchmetrics.functional.image import structural_similarity_index_measure as reference
+
+    for size in ((128, 128), (97, 61), (16, 200)):
+        hr = torch.nn.functional.avg_pool2d(torch.rand(3, 3, *size), 5, stride=1, padding=2)
+        sr = (hr + torch.tensor([0.0, 0.02, 0.2]).view(3, 1, 1, 1) * torch.randn(3, 3, *size)).clamp(0, 1)
+        ours = sr_metrics.structural_similarity(sr, hr)
+        torch.testing.assert_close(ours, reference(sr, hr, data_range=1.0, reduction="none"), atol=1e-5, rtol=0)
+        assert ours[0] > ours[1] > ours[2]
+
+
 @pytest.mark.skipif(not (SHARED / "torch_home").is_dir(), reason="LPIPS's AlexNet is not on this machine")
-def test_lpips_is_the_published_metric():
-    """The example pair of LPIPS's repository: 0.722 and 0.138, shipped with its package as images."""
-    metric = sr_inputs.load_lpips(str(SHARED / "torch_home/hub/checkpoints" / sr_inputs.ALEXNET))
+def test_lpips_is_its_packages_and_torchmetrics_and_costs_hr_once():
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as reference
 
-    a, b = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
-    torch.testing.assert_close(metric(a, b, normalize=True).mean(), reference(a, b, net_type="alex", normalize=True), atol=1e-5, rtol=1e-4)
-    assert metric(a, a, normalize=True).abs().max() < 1e-6
+    package = sr_metrics.load_lpips(str(SHARED / "torch_home/hub/checkpoints" / sr_metrics.ALEXNET))
+    ours = Metrics(package, CPU)
+    hr, sr = torch.rand(2, 3, 64, 64), torch.rand(4, 3, 64, 64)  # two versions of two images
+    got = ours.lpips(sr, hr)
+    torch.testing.assert_close(got, package(sr, hr.repeat(2, 1, 1, 1), normalize=True).view(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got[:2].mean(), reference(sr[:2], hr, net_type="alex", normalize=True), atol=1e-5, rtol=1e-4)
+    assert ours.lpips(hr, hr).abs().max() < 1e-6
+    seen = []
+    package.net.register_forward_hook(lambda net, inputs, output: seen.append(len(inputs[0])))
+    ours.lpips(sr, hr)
+    assert seen == [4, 2]
 
 
 # ---------------------------------------------------------------- GAE and PPO
