@@ -671,28 +671,28 @@ def main(args: Args) -> None:
             )
             losses = update(agent, optimizer, batch, args, minibatch_generator)
             seconds = time.perf_counter() - began
-            state.update(iteration=iteration + 1, step=(iteration + 1) * per_iteration)
+            step, last = (iteration + 1) * per_iteration, iteration + 1 == iterations
+            if rank == 0:
+                figures = {f"losses/{k}": v for k, v in losses.items()}
+                figures |= {"charts/SPS": per_iteration / seconds, "charts/update_share": 1 - (rolled - began) / seconds}
+                figures["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+                evaluating = (iteration + 1) % args.eval_every == 0 or last
+                values = {k: v.flatten() for k, v in action_values(batch["actions"].flatten(0, 1)).items()}
+                calls = ((batch["numbers"][..., 1] + 2) / 4 * args.max_calls).round().flatten()
+                log = sr_outputs.log_iteration(writer, step, batch, values, calls, infos, figures, evaluating)
+                if evaluating:
+                    steered = evaluate(mdp, test, reward, agent.mean, chosen, args.crop, args.seed)
+                    for k in steered:
+                        writer.add_scalar(f"eval/{k}_agent", steered[k].mean(), step)
+                        writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), step)
+                    bar.set_description(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB over plain")
+                if iteration + 1 == args.eval_every or last:  # the start and the end: events stay small
+                    log_images(writer, mdp, test, agent.mean, chosen[:: max(1, len(chosen) // 4)][:4], args, step)
+                if infos:
+                    bar.set_postfix_str(f"return {log['charts/episodic_return']:+.4f}, {log['charts/denoiser_calls']:.1f} calls")
+                writer.flush(), bar.update(per_iteration)
+            state.update(iteration=iteration + 1, step=step)  # after the log: a kill in between repeats, never skips
             sr_inputs.save_run(run, agent, optimizer, env, generators, state, rank)
-            if rank:
-                continue
-            figures = {f"losses/{k}": v for k, v in losses.items()}
-            figures |= {"charts/SPS": per_iteration / seconds, "charts/update_share": 1 - (rolled - began) / seconds}
-            figures["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            evaluating = (iteration + 1) % args.eval_every == 0 or iteration + 1 == iterations
-            values = {k: v.flatten() for k, v in action_values(batch["actions"].flatten(0, 1)).items()}
-            calls = ((batch["numbers"][..., 1] + 2) / 4 * args.max_calls).round().flatten()
-            log = sr_outputs.log_iteration(writer, state["step"], batch, values, calls, infos, figures, evaluating)
-            if evaluating:
-                steered = evaluate(mdp, test, reward, agent.mean, chosen, args.crop, args.seed)
-                for k in steered:
-                    writer.add_scalar(f"eval/{k}_agent", steered[k].mean(), state["step"])
-                    writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), state["step"])
-                if iteration + 1 in (args.eval_every, iterations):  # the start and the end: events stay small
-                    log_images(writer, mdp, test, agent.mean, chosen[:: max(1, len(chosen) // 4)][:4], args, state["step"])
-                bar.set_description(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB over plain")
-            if infos:
-                bar.set_postfix_str(f"return {log['charts/episodic_return']:+.4f}, {log['charts/denoiser_calls']:.1f} calls")
-            bar.update(per_iteration)
     except KeyboardInterrupt:
         say(f"\nstopped: go on with python ppo_ldm_sr.py --resume {run}")
         sys.exit(130)

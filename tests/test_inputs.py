@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -72,6 +75,14 @@ def test_exif_rotation_is_applied(tmp_path):
     assert sr_inputs.read_image(tmp_path / "a.jpg").shape == (3, 64, 48)
 
 
+def test_of_an_animated_gif_the_first_frame_is_taken(tmp_path):
+    frames = [picture(), picture()]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    first = torch.from_numpy(np.array(frames[0])).permute(2, 0, 1).float()
+    pixels = sr_inputs.read_image(tmp_path / "a.gif").float()
+    assert pixels.shape == (3, 48, 64) and (pixels - first).abs().mean() < 12  # of 256 colours
+
+
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     picture().save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -119,6 +130,18 @@ def test_a_folder_without_splits_is_cut_80_to_20_and_says_so(tmp_path, capsys):
     train, test = (sr_inputs.load_scenes(str(tmp_path), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (8, 2) and not set(train.files) & set(test.files)
     assert "no train and test folders" in capsys.readouterr().out
+
+
+def test_one_image_and_a_scene_of_the_training_split_alone(image_folder, tmp_path, capsys):
+    (tmp_path / "one/river").mkdir(parents=True)
+    picture().save(tmp_path / "one/river/a.png")
+    assert len(sr_inputs.load_scenes(str(tmp_path / "one"), "train")) == 1
+    with stops_with(capsys, "split test: no usable image of river"):
+        sr_inputs.load_scenes(str(tmp_path / "one"), "test")
+    shutil.copytree(image_folder, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/test/river")
+    train, test = (sr_inputs.load_scenes(str(tmp_path / "data"), split) for split in ("train", "test"))
+    assert train.names == ["desert", "river"] and test.names == ["desert"]
 
 
 def test_a_dataset_that_cannot_be_used_ends_in_one_sentence(image_folder, tmp_path, capsys):
@@ -277,6 +300,46 @@ def test_files_that_are_no_images_are_named_and_none_at_all_is_an_error(tool, tm
         eval_sr.super_resolve_files(eval_sr.Args(images=(str(tmp_path / "text.jpg"),)), tool, agent)
     with stops_with(capsys, "no such file"):
         sr_inputs.list_images((str(tmp_path / "missing.png"),))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
+    """SIGKILL at 20 random moments of a process that does nothing but save."""
+    agent, file, steps = orl.Agent(8), tmp_path / "checkpoint.safetensors", []
+    for _ in range(20):
+        if not (child := os.fork()):
+            torch.set_num_threads(1)
+            for step in range(10_000):
+                for value in agent.parameters():
+                    value.data.fill_(step)
+                sr_inputs.save_tensors(file, agent.state_dict(), {"step": step})
+        time.sleep(rng.uniform(0.02, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if file.exists():
+            tensors, state = sr_inputs.load_tensors(file)
+            assert all((v == state["step"]).all() for v in tensors.values())  # weights and counter are of one moment
+            steps.append(state["step"])
+    assert len(steps) > 10 and max(steps) > 0
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    import safetensors.torch
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"as far as it went")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sr_inputs, "training_tensors", lambda *parts: {"w": torch.ones(3)})
+    parts = (tmp_path, torch.nn.Linear(2, 2), None, None, {})
+    sr_inputs.save_run(*parts, {"step": 100}, 0)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with stops_with(capsys, "step 200", "No space left", f"--resume {tmp_path}"):
+        sr_inputs.save_run(*parts, {"step": 200}, 0)
+    assert sr_inputs.load_tensors(tmp_path / "checkpoint.safetensors")[1] == {"step": 100}
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_state_is_kept_in_the_header_of_the_weights(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -20,10 +21,10 @@ SMALL = ["--num-envs", "4", "--num-steps", "25", "--crop", "64", "--eval-images"
 
 def run(*command, code=0, timeout=280, **environment):
     """Runs a script of the project and returns what it said."""
-    env = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
+    env = {"OMP_NUM_THREADS": "2", **os.environ, **environment}
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + (done.stderr if code else "")
 
 
 @pytest.fixture(scope="module")
@@ -61,45 +62,83 @@ def test_the_csv_has_the_promised_columns_methods_and_one_line_per_image_and_met
     assert all(pairs[r["scene"], r["image"]] == r["calls"] for r in rows if r["method"] == "ldm_same_calls")
 
 
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(trained, tmp_path, ldm_folder):
-    run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run-dir", tmp_path / "again", "--total-timesteps", 200, *SMALL)
-    assert_same(trained[0], tmp_path / "again")
-
-
 def assert_same(a, b):
     one, two = (sr_inputs.load_tensors(folder / "checkpoint.safetensors")[0] for folder in (a, b))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-STOP_AFTER_ONE = """
-import sys, ppo_ldm_sr as orl
-save, saved = orl.save_tensors, []
-def stop_after(path, *rest):
-    save(path, *rest)
-    saved.append(path)
-    if len(saved) == 2:
-        raise KeyboardInterrupt
-orl.save_tensors = stop_after
+PATCHED = """
+import sys, time, torch, ppo_ldm_sr as orl, sr_inputs
+save = sr_inputs.save_run
+def after_the_first(run, agent, optimizer, env, generators, state, rank):
+    save(run, agent, optimizer, env, generators, state, rank)
+    if state["iteration"] == 1:
+        ACTION
+sr_inputs.save_run = after_the_first
+orl.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table
 orl.main(orl.tyro.cli(orl.Args))
 """
 
 
+def train_with(action, folder, *flags, code=0):
+    """A run that does `action` after its first checkpoint, and makes no table."""
+    return run("-c", PATCHED.replace("ACTION", action), "--run-dir", folder, "--total-timesteps", 200, *SMALL, *flags, code=code)
+
+
 def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(trained, tmp_path, ldm_folder):
-    folder = tmp_path / "stopped"
-    said = run("-c", STOP_AFTER_ONE, "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run-dir", folder, "--total-timesteps", 200, *SMALL, code=130)
+    """Also: the same seed, in another process, gives the same weights."""
+    folder, flags = tmp_path / "stopped", ("--ldm", ldm_folder, "--dataset", "runs/scenes")
+    said = train_with("raise KeyboardInterrupt", folder, *flags, code=130)
     assert f"--resume {folder}" in said
-    assert json.loads((folder / "state.json").read_text())["step"] == 100 if (folder / "state.json").exists() else True
-    said = run("ppo_ldm_sr.py", "--resume", folder)
+    assert json.loads((folder / "state.json").read_text())["step"] == 100
+    said = run("-c", PATCHED.replace("ACTION", "pass"), "--resume", folder)
     assert "step 100 of 200" in said
     assert_same(trained[0], folder)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [e.step for e in events.Scalars("charts/SPS")] == [100, 200]  # one curve
+
+
+def test_what_would_change_a_resumed_run_is_refused_by_name(trained, tmp_path, ldm_folder):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
     said = run("ppo_ldm_sr.py", "--resume", folder, "--gamma", "0.5", code=2)
     assert "--gamma would change the method" in said
+    tensors, state = sr_inputs.load_tensors(folder / "checkpoint.safetensors")
+    sr_inputs.save_tensors(folder / "checkpoint.safetensors", tensors, state | {"ldm": "0" * 12})
+    assert "no longer the LDM" in run("ppo_ldm_sr.py", "--resume", folder, code=2)
+    del state["args"]["gamma"]
+    sr_inputs.save_tensors(folder / "checkpoint.safetensors", tensors, state)
+    assert "another version of this code" in run("ppo_ldm_sr.py", "--resume", folder, code=2)
+    file = folder / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    assert "damaged" in run("ppo_ldm_sr.py", "--resume", folder, code=2)
+
+
+def test_nan_from_the_ldm_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, ldm_folder):
+    folder = tmp_path / "nan"
+    spoil = "next(env.mdp.ldm.unet.parameters()).data.fill_(float('inf'))"
+    said = train_with(spoil, folder, "--ldm", ldm_folder, "--dataset", "runs/scenes", code=2)
+    assert "NaN or infinity at step 1" in said and str(folder) in said  # within the second iteration
+    tensors, state = sr_inputs.load_tensors(folder / "checkpoint.safetensors")
+    assert state["step"] == 100 and all(v.isfinite().all() for k, v in tensors.items() if k.startswith(("agent", "env")))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, ldm_folder, trained):
+    (tmp_path / "file").write_text("not a folder")
+    flags = ("--ldm", ldm_folder, "--dataset", "runs/scenes", "--total-timesteps", "200", *SMALL)
+    said = run("ppo_ldm_sr.py", "--run-dir", tmp_path / "file/run", *flags, code=2)
+    assert "cannot be written" in said and said.count("error: ") == 1
+    said = run("eval_sr.py", "--agent", trained[0], "--images", "runs/scenes/test/river", "--output", tmp_path / "file/out", code=2)
+    assert "cannot be written" in said and "--output" in said
 
 
 def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tmp_path, ldm_folder):
     folder = tmp_path / "never"
-    for flags, words in (
+    for flags, words in (  # each is refused within seconds, before a model is trained
         (["--total-timesteps", "0"], "--total-timesteps 0"),
         (["--crop", "30", "--dataset", "runs/scenes"], "--crop 30"),
         (["--dataset", "nowhere/to/be/found"], "no such folder"),
@@ -126,6 +165,7 @@ def test_two_processes_keep_equal_weights_on_different_images(tmp_path, ldm_fold
         "    if orl.dist.get_rank() == 0: print('checked', batch['maps'].shape[1])\n"
         "    return out\n"
         "orl.update = checked\n"
+        "orl.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table\n"
         "orl.main(orl.tyro.cli(orl.Args))\n"
     )
     folder = tmp_path / "two"
@@ -134,6 +174,21 @@ def test_two_processes_keep_equal_weights_on_different_images(tmp_path, ldm_fold
     assert said.count("checked 2") == 2 and said.count("device: ") == 1  # two slots a process, one voice
     assert json.loads((folder / "state.json").read_text())["step"] == 200
     assert len(list(folder.glob("events.*"))) == 1
+
+
+def test_a_process_that_dies_ends_the_run_with_its_message(tmp_path, ldm_folder):
+    script = tmp_path / "dies.py"
+    script.write_text(PATCHED.replace("ACTION", "raise MemoryError('out of memory, as if') if rank else time.sleep(0)"))
+    said = run("-m", "torch.distributed.run", "--nproc_per_node=2", script, "--ldm", ldm_folder, "--dataset", "runs/scenes",
+               "--run-dir", tmp_path / "run", "--total-timesteps", 200, *SMALL, code=1, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))  # fmt: skip
+    assert "MemoryError: out of memory, as if" in said
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_a_run_trains_end_to_end_and_its_table_says_so(tmp_path):
+    said = run("ppo_ldm_sr.py", "--dataset", "runs/scenes", "--run-dir", tmp_path / "cuda", "--total-timesteps", 2000, "--eval-images", 8)
+    assert torch.cuda.get_device_name() in said and "LDM with RL" in said
+    run("ppo_ldm_sr.py", "--resume", tmp_path / "cuda", "--total-timesteps", 3000, "--device", "cuda")
 
 
 @pytest.mark.skipif(not (ROOT / "runs/orl_ldm/agent.safetensors").is_file(), reason="no trained agent in runs/orl_ldm yet")
