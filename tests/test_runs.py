@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import tyro
 from conftest import ROOT, SHARED
 
 import eval_sr
@@ -25,6 +26,15 @@ def run(*command, code=0, timeout=280, **environment):
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + (done.stderr if code else "")
+
+
+def refused(capsys, script, *flags):
+    """What a script says, called in this process with flags that must end it with one sentence and exit code 2."""
+    with pytest.raises(SystemExit) as error:
+        script.main(tyro.cli(script.Args, args=[str(flag) for flag in flags]))
+    said = capsys.readouterr().out
+    assert error.value.code == 2 and said.count("error: ") == 1, said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +112,20 @@ def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(trained, tmp_
     assert [e.step for e in events.Scalars("charts/SPS")] == [100, 200]  # one curve
 
 
-def test_what_would_change_a_resumed_run_is_refused_by_name(trained, tmp_path, ldm_folder):
+def test_what_would_change_a_resumed_run_is_refused_by_name(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
-    said = run("ppo_ldm_sr.py", "--resume", folder, "--gamma", "0.5", code=2)
-    assert "--gamma would change the method" in said
-    tensors, state = sr_inputs.load_tensors(folder / "checkpoint.safetensors")
-    sr_inputs.save_tensors(folder / "checkpoint.safetensors", tensors, state | {"ldm": "0" * 12})
-    assert "no longer the LDM" in run("ppo_ldm_sr.py", "--resume", folder, code=2)
-    del state["args"]["gamma"]
-    sr_inputs.save_tensors(folder / "checkpoint.safetensors", tensors, state)
-    assert "another version of this code" in run("ppo_ldm_sr.py", "--resume", folder, code=2)
+    assert "--gamma would change the method" in refused(capsys, orl, "--resume", folder, "--gamma", "0.5")
     file = folder / "checkpoint.safetensors"
+    tensors, state = sr_inputs.load_tensors(file)
+    sr_inputs.save_tensors(file, tensors, state | {"ldm": "0" * 12})
+    assert "no longer the LDM" in refused(capsys, orl, "--resume", folder)
+    del state["args"]["gamma"]
+    sr_inputs.save_tensors(file, tensors, state)
+    assert "another version of this code" in refused(capsys, orl, "--resume", folder)
     file.write_bytes(file.read_bytes()[:2000])
-    assert "damaged" in run("ppo_ldm_sr.py", "--resume", folder, code=2)
+    assert "damaged" in refused(capsys, orl, "--resume", folder)
+    assert "holds no checkpoint" in refused(capsys, orl, "--resume", tmp_path)
 
 
 def test_nan_from_the_ldm_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, ldm_folder):
@@ -127,26 +137,29 @@ def test_nan_from_the_ldm_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_
     assert state["step"] == 100 and all(v.isfinite().all() for k, v in tensors.items() if k.startswith(("agent", "env")))
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, ldm_folder, trained):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, ldm_folder, trained, capsys):
     (tmp_path / "file").write_text("not a folder")
     flags = ("--ldm", ldm_folder, "--dataset", "runs/scenes", "--total-timesteps", "200", *SMALL)
-    said = run("ppo_ldm_sr.py", "--run-dir", tmp_path / "file/run", *flags, code=2)
-    assert "cannot be written" in said and said.count("error: ") == 1
-    said = run("eval_sr.py", "--agent", trained[0], "--images", "runs/scenes/test/river", "--output", tmp_path / "file/out", code=2)
+    assert "cannot be written" in refused(capsys, orl, "--run-dir", tmp_path / "file/run", *flags)
+    photo, output = "runs/scenes/test/river", tmp_path / "file/out"
+    said = refused(capsys, eval_sr, "--agent", trained[0], "--images", photo, "--output", output)
     assert "cannot be written" in said and "--output" in said
 
 
-def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tmp_path, ldm_folder):
+def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tmp_path, ldm_folder, capsys):
     folder = tmp_path / "never"
-    for flags, words in (  # each is refused within seconds, before a model is trained
+    for flags, words in (
         (["--total-timesteps", "0"], "--total-timesteps 0"),
         (["--crop", "30", "--dataset", "runs/scenes"], "--crop 30"),
+        (["--minibatch-size", "2000"], "--minibatch-size 2000"),
+        (["--base-steps", "0"], "at least 1"),
+        (["--device", "tpu"], "--device tpu"),
         (["--dataset", "nowhere/to/be/found"], "no such folder"),
+        (["--dataset", "runs/scenes", "--scenes", "volcano"], "has no volcano"),
         (["--ldm", "runs/nothing"], "no such folder"),
         (["--run-dir", trained[0]], "the folder exists"),
     ):
-        said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--run-dir", folder, *flags, code=2)
-        assert said.count("error: ") == 1 and words in said
+        assert words in refused(capsys, orl, "--ldm", ldm_folder, "--run-dir", folder, *flags)
         assert not folder.exists()
 
 
@@ -244,3 +257,10 @@ def test_the_readme_lists_every_choice_that_the_code_marks():
     assert len(choices) >= 8
     for choice in choices:
         assert choice in listed, choice
+
+
+def test_the_readme_points_at_the_lines_that_it_names():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 12
+    for name, file, line in links:
+        assert re.match(rf"\s*(def |class |){name}\b", (ROOT / file).read_text().splitlines()[int(line) - 1]), (name, file, line)
