@@ -11,6 +11,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolut
 import ppo_ldm_sr as orl
 import sr_inputs
 import sr_metrics
+import sr_outputs
 from sr_metrics import Metrics
 
 CPU = torch.device("cpu")
@@ -135,6 +136,19 @@ def test_slopes_act_where_x0_strays_from_the_posterior_mean_and_nowhere_at_the_f
     assert far[..., 9:].min() > far[..., :7].max()
     torch.testing.assert_close(far.mean(dim=(2, 3)), torch.zeros(1, 2), atol=1e-5, rtol=0)
     assert orl.deviation(x0, x0).abs().max() == 0
+
+
+def test_the_trajectory_of_the_pictures_is_the_one_of_the_table(tmp_path):
+    mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), 5, 10)
+    lr, z, agent = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), orl.Agent(3)
+    agent.actor.head[-1].weight.data.normal_(std=0.05)  # actions that differ from step to step
+    _, calls, trace = mdp.super_resolve(lr, z, agent.mean)
+    steps = sr_outputs.trajectory(mdp, lr, z, agent.mean)
+    assert len(steps) == len(trace) == int(calls) > 1
+    for (s, action), (_, t, expected) in zip(steps, trace):
+        assert torch.equal(s.t, t) and torch.equal(action, expected)
+    blend, sharpen = mdp.maps(*steps[-1])
+    assert blend.shape == sharpen.shape == z.shape and blend.min() >= 0 and sharpen.min() >= -0.5
 
 
 # ---------------------------------------------------------------- environment and reward
