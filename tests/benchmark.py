@@ -69,7 +69,7 @@ def split(env, agent, act, steps: int) -> dict[str, float]:
 
     ldm = env.mdp.ldm
     parts = ((ldm, "predict", "U-Net"), (agent, "action_and_value", "agent"), (ldm, "decode", "decode"),
-             (ldm, "encode", "encode (critic)"), (env.reward, "metrics", "metrics"))  # fmt: skip
+             (ldm, "encode", "encode (critic)"), (Metrics, "__call__", "metrics"))  # fmt: skip
     undo = [watch(*part) for part in parts]
     total = seconds(lambda: [act() for _ in range(steps)])
     for restore in undo:
