@@ -650,7 +650,9 @@ def main(args: Args) -> None:
     if rank == 0:
         writer = sr_outputs.open_run(run, args, first * per_iteration)
         plain = evaluate(mdp, test, reward, constant_policy(PLAIN), chosen, args.crop, args.seed)
-        bar = tqdm(total=args.total_timesteps, initial=first * per_iteration, unit="step", dynamic_ncols=True)
+        say("progress: PSNR gain over the plain LDM on held-out images, steps, time left, mean return and calls of an image")
+        shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}{postfix}]"  # fits 80 columns
+        bar = tqdm(total=args.total_timesteps, initial=first * per_iteration, unit="step", unit_scale=True, dynamic_ncols=True, bar_format=shape)
 
     # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
     try:
@@ -685,11 +687,11 @@ def main(args: Args) -> None:
                     for k in steered:
                         writer.add_scalar(f"eval/{k}_agent", steered[k].mean(), step)
                         writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), step)
-                    bar.set_description(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB over plain")
+                    bar.set_description_str(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB")
                 if iteration + 1 == args.eval_every or last:  # the start and the end: events stay small
                     log_images(writer, mdp, test, agent.mean, chosen[:: max(1, len(chosen) // 4)][:4], args, step)
                 if infos:
-                    bar.set_postfix_str(f"return {log['charts/episodic_return']:+.4f}, {log['charts/denoiser_calls']:.1f} calls")
+                    bar.set_postfix_str(f"return {log['charts/episodic_return']:+.3f}, {log['charts/denoiser_calls']:.1f} calls")
                 writer.flush(), bar.update(per_iteration)
             state.update(iteration=iteration + 1, step=step)  # after the log: a kill in between repeats, never skips
             sr_inputs.save_run(run, agent, optimizer, env, generators, state, rank)
