@@ -109,9 +109,7 @@ class LDM:
 
     def __init__(self, unet: nn.Module, vqvae: nn.Module, scheduler, device: torch.device, bf16: bool | None = None):
         self.memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-        self.unet, self.vqvae = (
-            m.to(device, memory_format=self.memory_format).eval().requires_grad_(False) for m in (unet, vqvae)
-        )
+        self.unet, self.vqvae = (m.to(device, memory_format=self.memory_format).eval().requires_grad_(False) for m in (unet, vqvae))
         self.scheduler, self.device = scheduler, device
         self.latent_channels = unet.config.out_channels
         self.stride = 2 ** (len(unet.config.block_out_channels) - 1)  # sides of the latent grid are multiples of it
@@ -191,12 +189,8 @@ class Reward:
         """The four terms, each in [0, 1] and already weighted, (n,); their sum is the reward."""
         # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
         # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
-        scaled = {
-            "psnr": (metrics["psnr"] / 50).clamp(0, 1),
-            "ssim": metrics["ssim"],
-            "lpips": 1 - metrics["lpips"],
-            "efficiency": 1 - calls / 100,
-        }
+        scaled = {"psnr": (metrics["psnr"] / 50).clamp(0, 1), "ssim": metrics["ssim"], "lpips": 1 - metrics["lpips"]}
+        scaled["efficiency"] = 1 - calls / 100
         weights = self.WEIGHTS
         if self.metrics.net is None:  # the other weights, renormalised
             weights = {k: w / 0.8 for k, w in weights.items() if k != "lpips"}
@@ -428,13 +422,10 @@ class Net(nn.Module):
     def __init__(self, channels: int, numbers: int, outputs: int, std: float):
         super().__init__()
         self.conv = nn.Sequential(
-            layer_init(nn.Conv2d(channels, 32, 3, stride=2, padding=1)),
-            nn.SiLU(),
-            layer_init(nn.Conv2d(32, 64, 3, stride=2, padding=1)),
-            nn.SiLU(),
-            layer_init(nn.Conv2d(64, 64, 3, padding=1)),
-            nn.SiLU(),
-        )
+            layer_init(nn.Conv2d(channels, 32, 3, stride=2, padding=1)), nn.SiLU(),
+            layer_init(nn.Conv2d(32, 64, 3, stride=2, padding=1)), nn.SiLU(),
+            layer_init(nn.Conv2d(64, 64, 3, padding=1)), nn.SiLU(),
+        )  # fmt: skip
         self.head = nn.Sequential(
             layer_init(nn.Linear(128 + numbers, 128)), nn.SiLU(), layer_init(nn.Linear(128, 128)), nn.SiLU(),
             layer_init(nn.Linear(128, outputs), std),
@@ -543,9 +534,7 @@ def update(agent: Agent, optimizer, batch: dict, args: Args, generator: torch.Ge
         for start in range(0, total - size + 1, size):
             mb = {k: v[order[start : start + size]] for k, v in flat.items()}
             _, logprob, entropy, value = agent.action_and_value(mb["maps"], mb["numbers"], mb["error"], mb["actions"])
-            loss, figures = ppo_loss(
-                logprob, mb["logprobs"], mb["advantages"], value, mb["values"], mb["returns"], entropy, args
-            )
+            loss, figures = ppo_loss(logprob, mb["logprobs"], mb["advantages"], value, mb["values"], mb["returns"], entropy, args)
             optimizer.zero_grad()
             loss.backward()
             if dist.is_initialized():
@@ -669,8 +658,7 @@ def main(args: Args) -> None:
                 next_value = agent.value(*observation)
             batch["rewards"] = batch["rewards"] * args.reward_scale
             batch["advantages"], batch["returns"] = gae(
-                batch["rewards"], batch["values"], batch["dones"], next_value, args.gamma, args.gae_lambda
-            )
+                batch["rewards"], batch["values"], batch["dones"], next_value, args.gamma, args.gae_lambda)  # fmt: skip
             losses = update(agent, optimizer, batch, args, minibatch_generator)
             seconds = time.perf_counter() - began
             step, last = (iteration + 1) * per_iteration, iteration + 1 == iterations
