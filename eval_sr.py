@@ -412,7 +412,7 @@ def main(args: Args) -> None:
     indices = [i for group in of_scene for i in group[: args.limit or None]]
     reward = orl.Reward(Metrics(load_lpips(args.lpips_weights), device))
     own = scenes.title == state["title"]
-    output = Path(args.output or (run if own else f"{run}_on_{scenes.title.replace(' ', '_').replace('/', '_')}"))
+    output = Path(args.output or (run if own else f"{run}_on_{scenes.slug}"))
     try:
         output.mkdir(parents=True, exist_ok=True)
         constant = best_constant(run, state, dataset, mdp, reward)

@@ -517,11 +517,10 @@ def rollout(env: DenoisingEnv, agent: Agent, observation, num_steps: int, genera
 
 def average_gradients(agent: Agent) -> None:
     """The mean of the gradients of all processes, in one message (torchrun)."""
-    flat = torch.cat([p.grad.flatten() for p in agent.parameters()])
+    gradients = [p.grad for p in agent.parameters()]
+    flat = nn.utils.parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, g in zip(agent.parameters(), flat.split([p.numel() for p in agent.parameters()])):
-        p.grad.copy_(g.view_as(p))
+    nn.utils.vector_to_parameters(flat / dist.get_world_size(), gradients)
 
 
 def update(agent: Agent, optimizer, batch: dict, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -634,7 +633,7 @@ def main(args: Args) -> None:
         say(f"resume: step {state['step']} of {args.total_timesteps}{', more than it was begun for' if extended else ''}")
         observation = env.observe()
     chosen = torch.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().long().tolist()  # of the curves
-    run = Path(args.run_dir or f"runs/{train.title.replace(' ', '_').replace('/', '_')}__orl_ldm__{args.seed}__{int(time.time())}")
+    run = Path(args.run_dir or f"runs/{train.slug}__orl_ldm__{args.seed}__{int(time.time())}")
     state.update(args=vars(args), ldm=ldm.fingerprint, components=list(COMPONENTS), title=train.title, scenes=train.names)
     if rank == 0:
         writer = sr_outputs.open_run(run, args, first * per_iteration)

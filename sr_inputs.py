@@ -126,6 +126,11 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def slug(self) -> str:
+        """The title as part of a folder's name."""
+        return self.title.replace(" ", "_").replace("/", "_")
+
     def to(self, device: torch.device) -> "Scenes":
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return dataclasses.replace(self, **tensors)

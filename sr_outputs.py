@@ -69,12 +69,19 @@ def log_map(writer, tag: str, maps: torch.Tensor, low: float, high: float, step:
 DPI = 200
 
 
-def axes_grid(rows: int, columns: int, width: float, height: float):
-    """A figure of bare picture panels."""
+def pyplot():
+    """matplotlib's pyplot, on any machine without a screen; imported only where a picture is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def axes_grid(rows: int, columns: int, width: float, height: float):
+    """A figure of bare picture panels."""
+    plt = pyplot()
 
     fig, axes = plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, layout="constrained")
     for ax in axes.flat:
@@ -151,10 +158,7 @@ def action_maps(path: Path, examples: list[dict], ranges: dict, title: str) -> N
 
 def schedule(path: Path, decisions: list[dict], base: list[int], title: str) -> None:
     """Timestep of each denoiser call, mean by scene over the images that get there, beside the plain schedule."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     fig, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
     ax.plot(range(1, len(base) + 1), base, color="0.6", linewidth=3, label=f"plain LDM, {len(base)} calls")
@@ -176,10 +180,7 @@ def schedule(path: Path, decisions: list[dict], base: list[int], title: str) -> 
 
 def reward_curve(path: Path, run: Path) -> bool:
     """Fig. 3 of the paper: the training reward over environment steps, from the run's TensorBoard events."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
