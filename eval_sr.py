@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 
 import ppo_ldm_sr as orl
@@ -42,35 +41,40 @@ BETTER = {"psnr": 1, "ssim": 1, "lpips": -1, "reward": 1}  # the sign of an impr
 
 
 @dataclass
-class Args:
-    agent: str = "runs/orl_ldm"
-    """run folder of the agent"""
-    ldm: str | None = None
-    """LDM that the agent was trained with (default: as its run folder says)"""
-    dataset: str | None = None
-    """image folder split/scene/*.jpg, Hub name or auto (default: the agent's own, or auto where that is missing)"""
-    split: str = "test"
-    """split of the dataset"""
-    scenes: tuple[str, ...] = ()
-    """scenes to evaluate (default: those that the agent was trained on, where the dataset has them, else all)"""
-    crop: int = 0
-    """px of the centre that is evaluated; 0: the whole image"""
-    limit: int = 0
-    """images a scene at most; 0: all"""
-    output: str | None = None
-    """folder for tables and pictures (default: the run folder, or beside it NAME_on_IMAGES)"""
-    images: tuple[str, ...] = ()
-    """LR images or folders of your own: writes NAME_sr.png, 4x as large, into --output (default: beside each image)"""
-    tile: int = 128
-    """LR px of a tile for --images; larger images are tiled"""
-    batch_size: int = 16
-    """images (or tiles) denoised at once"""
-    lpips_weights: str | None = None
-    """file of torchvision's AlexNet where it is neither cached nor downloadable"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    seed: int = 0
-    """seed of the noise"""
+class RunArgs:
+    """The agent, and what both uses share."""
+
+    agent: str = "runs/orl_ldm"  # run folder of the agent
+    ldm: str | None = None  # LDM that the agent was trained with (None: as its run folder says)
+    output: str | None = None  # folder to write to (None: the run folder, or beside it NAME_on_IMAGES; beside each of --images)
+    batch_size: int = 16  # images (or tiles) denoised at once
+    device: str = "auto"  # auto, cpu or cuda
+    seed: int = 0  # seed of the noise
+
+
+@dataclass
+class TableArgs:
+    """The table and the pictures, of images whose HR is known."""
+
+    dataset: str | None = None  # image folder split/scene/*.jpg, Hub name or auto (None: the agent's own, or auto where that is missing)
+    split: str = "test"  # split of the dataset
+    scenes: tuple[str, ...] = ()  # scenes to evaluate (none named: as in training, where the dataset has the paper's eight, else all)
+    crop: int = 0  # px of the centre that is evaluated; 0: the whole image
+    limit: int = 0  # images a scene at most; 0: all
+    lpips_weights: str | None = None  # file of torchvision's AlexNet where it is neither cached nor downloadable
+
+
+@dataclass
+class ImagesArgs:
+    """Your own LR images: NAME_sr.png, 4x as large, and no table."""
+
+    images: tuple[str, ...] = ()  # LR images or folders
+    tile: int = 128  # LR px of a tile; larger images are tiled
+
+
+@dataclass
+class Args(ImagesArgs, TableArgs, RunArgs):
+    """All settings, flat: args.seed."""
 
 
 # ------------------------------------------------------------------------------------------------ table
@@ -248,8 +252,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
+@torch.inference_mode()
 def pictures(folder: Path, mdp: Denoising, scenes: Scenes, agent, rows, decisions, args: Args, title: str) -> list[str]:
-    """figure.png, actions.png (maps) and schedule.png; per scene the image of median gain in reward, not the best."""
+    """figure.png, actions.png (maps), steps.png and schedule.png; per scene the image of median gain in reward, not the best."""
     compared, steered = [], []
     for name in [name for name in scenes.names if len(column(rows, "agent", "psnr", name))]:
         gain = column(rows, "agent", "reward", name) - column(rows, "ldm", "reward", name)
@@ -267,18 +272,21 @@ def pictures(folder: Path, mdp: Denoising, scenes: Scenes, agent, rows, decision
             caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
             panels[label] = (how.super_resolve(lr, z, policy)[0], caption)
         compared.append({"scene": name, "panels": panels | {"HR": (hr, "")}})
-        steps = sr_outputs.trajectory(mdp, lr, z, agent.mean)
-        maps = {f"{k}, last call": v.mean(1, keepdim=True) for k, v in zip(("blend", "sharpen"), mdp.maps(*steps[-1]))}
-        far = orl.deviation(steps[-1][0].x0, steps[-1][0].mean).mean(1, keepdim=True)
-        steered.append({"scene": name, "image": panels["with RL"][0], "maps": {"deviation, last call": far} | maps})
-    low_high = {f"{k}, last call": (*orl.COMPONENTS[k][1:3], f"{k} (mean over channels)") for k in ("blend", "sharpen")}
-    scales = {"deviation, last call": (-2.0, 2.0, "deviation (standard units)")} | low_high
+        steps = []
+        for _, s, action, _, _ in mdp.steps(lr, z, agent.mean):
+            maps = {"deviation": orl.deviation(s.x0, s.mean)} | dict(zip(("blend", "sharpen"), mdp.maps(s, action)))
+            maps = {k: v.mean(1, keepdim=True) for k, v in maps.items()}
+            values = {k: float(v) for k, v in orl.action_values(action).items()}
+            steps.append({"t": int(s.t), "x0": mdp.ldm.decode(s.x0), "maps": maps, "values": values})
+        steered.append({"scene": name, "image": panels["with RL"][0], "hr": hr, "steps": steps})
+    scales = {"deviation": (-2.0, 2.0, "standard units")} | {k: (*orl.COMPONENTS[k][1:3], "mean over channels") for k in ("blend", "sharpen")}
     rule = "per scene the image of median gain in reward"
     sr_outputs.comparison(folder / "figure.png", compared, f"{title}\n{rule}")
     sr_outputs.action_maps(folder / "actions.png", steered, scales, f"{title}\n{rule}")
+    sr_outputs.steps(folder / "steps.png", steered[0], scales, f"{title}\n{steered[0]['scene'].replace('_', ' ')}, the image of median gain in reward")
     base = [mdp.t_first - k * mdp.jump for k in range(mdp.base_steps)]
     sr_outputs.schedule(folder / "schedule.png", decisions, base, title)
-    return ["figure.png", "actions.png", "schedule.png"]
+    return ["figure.png", "actions.png", "steps.png", "schedule.png"]
 
 
 # ------------------------------------------------------------------------------------------------ your own images
@@ -431,4 +439,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(sr_inputs.parse_args(Args, __doc__))

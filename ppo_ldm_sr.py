@@ -18,8 +18,6 @@ One step of the environment, for every image of a batch (a slot):
 
 import dataclasses
 import math
-import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -28,74 +26,67 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from torch import nn
-from tqdm import tqdm
 
 import sr_inputs  # images, weights and checkpoints as files;
 import sr_outputs  # TensorBoard and pictures: nothing of the method
-from sr_inputs import Scenes, has_bf16, load_scenes, pick_device, say, stop
+from sr_inputs import Scenes, has_bf16, load_scenes
 from sr_metrics import Metrics, load_lpips
 
 
 @dataclass
-class Args:
-    seed: int = 42
-    """seed of weights, crops, noise and actions (Table 1: 42)"""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu or cuda"""
-    run_dir: str | None = None
-    """run folder (default: runs/{images}__orl_ldm__{seed}__{time})"""
-    resume: str | None = None
-    """run folder to go on with; a larger --total-timesteps extends a finished run"""
+class RunArgs:
+    """The run: seed, device, folder."""
 
-    dataset: str = "auto"
-    """image folder split/scene/*.jpg, Hub name, or auto: timm/resisc45, and without it the synthetic scenes"""
-    scenes: tuple[str, ...] = ()
-    """scenes to train on (default: the paper's eight)"""
-    ldm: str = "runs/ldm_x4"
-    """LDM in diffusers' layout: a folder, or a Hub name such as CompVis/ldm-super-resolution-4x-openimages"""
-    lpips_weights: str | None = None
-    """file of torchvision's AlexNet where it is neither cached nor downloadable"""
-    crop: int = 128
-    """px of a training crop; a multiple of 4 x the U-Net's stride"""
+    seed: int = 42  # seed of weights, crops, noise and actions (Table 1: 42)
+    device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
+    run_dir: str | None = None  # run folder (None: runs/{images}__orl_ldm__{seed}__{time})
+    resume: str | None = None  # run folder to go on with; a larger --total-timesteps extends a finished run
 
-    base_steps: int = 5
-    """steps of the plain DDIM schedule that a zero action follows"""
-    max_calls: int = 10
-    """denoiser calls an image may cost; the last one jumps to the clean latent"""
 
-    total_timesteps: int | None = None
-    """environment steps = denoiser calls (Table 1: 1,000,000, the default on CUDA; on a CPU 60,000, about 12 minutes)"""
-    learning_rate: float = 3e-4
-    """learning rate of Adam (Table 1: 3e-4), annealed to zero"""
-    num_envs: int = 20
-    """images denoised in lockstep, over all processes"""
-    num_steps: int = 50
-    """steps of each slot per iteration; 20 x 50 = 1000 steps (Table 1: 1000 steps per epoch)"""
-    gamma: float = 0.99
-    """discount (Table 1: 0.99)"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation (Table 1: 0.95)"""
-    minibatch_size: int = 64
-    """transitions of one gradient step (Table 1: batch size 64), over all processes"""
-    update_epochs: int = 4
-    """passes over an iteration's transitions (Table 1: policy update frequency 4)"""
-    clip_coef: float = 0.2
-    """clip of the surrogate and of the value loss (Table 1: 0.2)"""
-    ent_coef: float = 0.0
-    """entropy coefficient"""
-    vf_coef: float = 0.5
-    """value coefficient (Table 1: 0.5)"""
-    max_grad_norm: float = 0.5
-    """gradient clip"""
-    reward_scale: float = 50.0
-    """factor on the reward, so that returns are of order 1 for the critic"""
+@dataclass
+class InputArgs:
+    """Images and models."""
 
-    eval_images: int = 32
-    """held-out images of the table and the curves; 0: all (eval_sr.py makes the full table)"""
-    eval_every: int = 10
-    """iterations between two evaluations of the agent"""
+    dataset: str = "auto"  # image folder split/scene/*.jpg, Hub name, or auto: timm/resisc45, and without it the synthetic scenes
+    scenes: tuple[str, ...] = ()  # scenes to train on (none named: the paper's eight)
+    ldm: str = "runs/ldm_x4"  # LDM in diffusers' layout: a folder, or a Hub name such as CompVis/ldm-super-resolution-4x-openimages
+    lpips_weights: str | None = None  # file of torchvision's AlexNet where it is neither cached nor downloadable
+    crop: int = 128  # px of a training crop; a multiple of 4 x the U-Net's stride
+
+
+@dataclass
+class EnvironmentArgs:
+    """The steered denoising of an image, and the evaluation on held-out ones."""
+
+    base_steps: int = 5  # steps of the plain DDIM schedule that a zero action follows
+    max_calls: int = 10  # denoiser calls an image may cost; the last one jumps to the clean latent
+    eval_images: int = 32  # held-out images of the table and the curves; 0: all (eval_sr.py makes the full table)
+    eval_every: int = 10  # iterations between two evaluations of the agent
+
+
+@dataclass
+class PPOArgs:
+    """PPO; where Table 1 of the paper gives a value, it is the default."""
+
+    total_timesteps: int | None = None  # environment steps = denoiser calls (None: Table 1's 1,000,000 on CUDA, on a CPU 60,000, about 12 minutes)
+    learning_rate: float = 3e-4  # learning rate of Adam (Table 1: 3e-4), annealed to zero
+    num_envs: int = 20  # images denoised in lockstep, over all processes
+    num_steps: int = 50  # steps of each slot per iteration; 20 x 50 = 1000 steps (Table 1: 1000 steps per epoch)
+    gamma: float = 0.99  # discount (Table 1: 0.99)
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation (Table 1: 0.95)
+    minibatch_size: int = 64  # transitions of one gradient step (Table 1: batch size 64), over all processes
+    update_epochs: int = 4  # passes over an iteration's transitions (Table 1: policy update frequency 4)
+    clip_coef: float = 0.2  # clip of the surrogate and of the value loss (Table 1: 0.2)
+    ent_coef: float = 0.0  # entropy coefficient
+    vf_coef: float = 0.5  # value coefficient (Table 1: 0.5)
+    max_grad_norm: float = 0.5  # gradient clip
+    reward_scale: float = 50.0  # factor on the reward, so that returns are of order 1 for the critic
+
+
+@dataclass
+class Args(PPOArgs, EnvironmentArgs, InputArgs, RunArgs):
+    """All settings, flat: args.gamma."""
 
 
 # ------------------------------------------------------------------------------------------------ frozen LDM
@@ -127,8 +118,7 @@ class LDM:
         return min(int(self.scheduler.timesteps[0]), self.num_timesteps - 1)
 
     def lay_out(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, c, h, w) in the memory layout of the models; what comes out of them is made contiguous again, since sums
-        round differently in another layout and a resumed run must not."""
+        """(n, c, h, w) in the models' memory layout; their outputs are made contiguous again, since sums round by layout."""
         return x.contiguous(memory_format=self.memory_format)
 
     def predict(self, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,8 +179,8 @@ class Reward:
         """The four terms, each in [0, 1] and already weighted, (n,); their sum is the reward."""
         # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
         # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
-        scaled = {"psnr": (metrics["psnr"] / 50).clamp(0, 1), "ssim": metrics["ssim"], "lpips": 1 - metrics["lpips"]}
-        scaled["efficiency"] = 1 - calls / 100
+        psnr = (metrics["psnr"] / 50).clamp(0, 1)
+        scaled = {"psnr": psnr, "ssim": metrics["ssim"], "lpips": 1 - metrics["lpips"], "efficiency": 1 - calls / 100}
         weights = self.WEIGHTS
         if self.metrics.net is None:  # the other weights, renormalised
             weights = {k: w / 0.8 for k, w in weights.items() if k != "lpips"}
@@ -204,10 +194,9 @@ class Reward:
 # ------------------------------------------------------------------------------------------------ environment
 
 # choice: the action is 7 bounded numbers per image and step
-# A unit of the agent's Gaussian moves a component by `unit` from its
-# neutral value, within [low, high]; zero is the plain LDM's step. The two slopes turn a number into a map over latent
-# cells and channels: value + slope * deviation(x0), see `deviation`. Per-cell Gaussians would need per-cell credit,
-# which is biased; a map of two numbers has the image's own reward as its exact credit.
+# A unit of the agent's Gaussian moves a component by `unit` from its neutral value, within [low, high]; zero is the
+# plain LDM's step. The two slopes make maps over latent cells and channels: value + slope * deviation(x0). Gaussians of
+# single cells would need the credit of cells, which is biased; a map of two numbers has the image's reward as its own.
 # name: (neutral, low, high, unit)
 COMPONENTS = {
     "blend": (0.0, 0.0, 1.0, 0.3),  # last step: x0 <- (1 - b) x0 + b posterior mean       less distortion
@@ -324,27 +313,32 @@ class Denoising:
         sr = self.ldm.decode(z)
         return (sr + upscale(action_values(action)["consistency"] * (lr - downscale(sr)))).clamp(0, 1)
 
+    def steps(self, lr: torch.Tensor, z: torch.Tensor, policy):
+        """Every step of a batch under `policy`: (maps, numbers) -> action (n, 7), until its last image ends.
+
+        LR (n, 3, h, w) in [0, 1], latents of pure noise (n, c, h, w) -> yields, for the k slots that still run: their
+        indices (k,), their State, action (k, 7), the next latents (k, c, h, w), done (k,).
+        """
+        slots, s = torch.arange(len(lr), device=lr.device), self.begin(lr, z)
+        while len(slots):
+            action = policy(*self.observe(s))
+            z, t, done = self.advance(s, action)
+            yield slots, s, action, z, done
+            go = ~done
+            slots = slots[go]
+            s = self.follow(s.map(lambda x: x[go]), z[go], t[go]) if len(slots) else s
+
     @torch.inference_mode()
     def super_resolve(self, lr: torch.Tensor, z: torch.Tensor, policy) -> tuple[torch.Tensor, torch.Tensor, list]:
-        """Whole trajectories under `policy`: (maps, numbers) -> action (n, 7).
-
-        LR (n, 3, h, w) in [0, 1], latents of pure noise (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,), and
-        for every step (slots, timesteps, actions).
-        """
+        """The same to its end -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,), (slots, timesteps, action) of every step."""
         n, _, h, w = lr.shape
         sr, calls, trace = lr.new_empty(n, 3, 4 * h, 4 * w), torch.zeros(n, dtype=torch.long, device=lr.device), []
-        slots, s = torch.arange(n, device=lr.device), self.begin(lr, z)
-        while True:
-            action = policy(*self.observe(s))
+        for slots, s, action, z_next, done in self.steps(lr, z, policy):
             trace.append((slots, s.t, action))
-            z, t, done = self.advance(s, action)
             if done.any():
-                sr[slots[done]] = self.finish(z[done], s.lr[done], action[done])
+                sr[slots[done]] = self.finish(z_next[done], s.lr[done], action[done])
                 calls[slots[done]] = s.calls[done]
-            if done.all():
-                return sr, calls, trace
-            go = ~done
-            slots, s = slots[go], self.follow(s.map(lambda x: x[go]), z[go], t[go])
+        return sr, calls, trace
 
 
 class DenoisingEnv:
@@ -501,7 +495,7 @@ def ppo_loss(logprob, old_logprob, advantage, value, old_value, target, entropy,
 
 
 def rollout(env: DenoisingEnv, agent: Agent, observation, num_steps: int, generator: torch.Generator):
-    """`num_steps` steps of every slot -> batch of (T, n, ...) tensors, next observation, infos of ended episodes."""
+    """`num_steps` steps of every slot -> batch of (T, n, ...) tensors, next observation, its value (n,), infos of ended episodes."""
     steps, infos = [], []
     with torch.no_grad():
         for _ in range(num_steps):
@@ -511,8 +505,9 @@ def rollout(env: DenoisingEnv, agent: Agent, observation, num_steps: int, genera
             observation = following
             if info:
                 infos.append(info)
+        next_value = agent.value(*observation)
     names = ("maps", "numbers", "error", "actions", "logprobs", "values", "rewards", "dones")
-    return {k: torch.stack(v) for k, v in zip(names, zip(*steps))}, observation, infos
+    return {k: torch.stack(v) for k, v in zip(names, zip(*steps))}, observation, next_value, infos
 
 
 def average_gradients(agent: Agent) -> None:
@@ -541,9 +536,8 @@ def update(agent: Agent, optimizer, batch: dict, args: Args, generator: torch.Ge
             norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logs.append({**figures, "grad_norm": norm.detach()})
-    variance = flat["returns"].var()
     figures = {k: torch.stack([log[k] for log in logs]).mean() for k in logs[0]}
-    return {**figures, "explained_variance": 1 - (flat["returns"] - flat["values"]).var() / variance}
+    return {**figures, "explained_variance": 1 - (flat["returns"] - flat["values"]).var() / flat["returns"].var()}
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -574,45 +568,28 @@ def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, cr
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
+@torch.inference_mode()
+def illustrate(mdp: Denoising, scenes: Scenes, policy, index: int, args: Args) -> tuple[torch.Tensor, tuple]:
+    """One image -> LR | plain LDM | agent | HR side by side, (1, 3, H, 4 W), and the agent's maps at its last call."""
+    hr = scenes.image(index, 4 * mdp.ldm.stride, args.crop)
+    lr = downscale(hr)
+    z = noise_for(mdp.ldm, [index], *lr.shape[-2:], args.seed)
+    plain, steered = (mdp.super_resolve(lr, z, p)[0] for p in (constant_policy(PLAIN), policy))
+    *_, (_, s, action, _, _) = mdp.steps(lr, z, policy)
+    return torch.cat([F.interpolate(lr, scale_factor=4), plain, steered, hr], dim=3), mdp.maps(s, action)
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
-def log_images(writer, mdp: Denoising, test: Scenes, policy, indices, args: Args, step: int) -> None:
-    """Held-out images: LR | plain LDM | agent | HR, and the agent's maps at its last call, in fixed colour scales."""
-    for part, hr in test.batches(indices, 4 * mdp.ldm.stride, args.crop, 1):
-        lr, name = downscale(hr), f"{test.names[int(test.scene[part[0]])]}_{part[0]}"
-        noise = noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
-        both = [mdp.super_resolve(lr, noise, p)[0] for p in (constant_policy(PLAIN), policy)]
-        row = torch.cat([F.interpolate(lr, scale_factor=4), *both, hr], dim=3)
-        writer.add_image(f"LR_plain_agent_HR/{name}", row[0], step)
-        maps = mdp.maps(*sr_outputs.trajectory(mdp, lr, noise, policy)[-1])
-        for component, m in zip(("blend", "sharpen"), maps):
-            sr_outputs.log_map(writer, f"{component}_map/{name}", m, *COMPONENTS[component][1:3], step)
-
-
 def main(args: Args) -> None:
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     args, tensors, state = sr_inputs.resume_args(args) if args.resume else (args, {}, {})
-    device, per_iteration = pick_device(args.device), args.num_envs * args.num_steps
-    if args.total_timesteps is None:
-        args.total_timesteps = 1_000_000 if device.type == "cuda" else 60_000
-        if device.type == "cpu":
-            say("training: 60,000 steps, about 12 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
-    sr_inputs.check_args(args, rank, world)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world, device = sr_inputs.set_up(args)
     torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed; everything random comes from torch
-    precision = "bf16 autocast" if has_bf16(device) else "fp32"
-    say(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, LDM in {precision}, {world} process(es)")
 
-    # ---- LDM, data, reward
+    # ---- frozen LDM, images, reward
     ldm = load_ldm(args.ldm, device)
-    millions = sum(p.numel() for p in ldm.unet.parameters()) / 1e6
-    say(f"LDM: {args.ldm}, U-Net of {millions:.1f} M parameters, {ldm.latent_channels} latent channels, {ldm.prediction_type}, fingerprint {ldm.fingerprint}")
-    if state and state["ldm"] != ldm.fingerprint:
-        stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with (fingerprint {state['ldm']})")
-    if args.crop % (4 * ldm.stride):
-        stop(f"--crop {args.crop}: must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
+    sr_inputs.check_ldm(args, ldm, state)
     dataset = sr_inputs.resolve_dataset(args.dataset)
     train = load_scenes(dataset, "train", args.scenes, args.crop).to(device)
     test = load_scenes(dataset, "test", args.scenes, max(32, 4 * ldm.stride)).to(device)
@@ -623,78 +600,51 @@ def main(args: Args) -> None:
     env = DenoisingEnv(mdp, train, reward, args.num_envs // world, args.crop, seed)  # each process has its own images
     agent = Agent(ldm.latent_channels).to(device)  # and the same weights, which follow from the seed alone
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    policy_generator, minibatch_generator = (torch.Generator().manual_seed(seed + k) for k in (10_000, 20_000))
-    generators = {"env": env.generator, "policy": policy_generator, "minibatch": minibatch_generator}
-    iterations, first = args.total_timesteps // per_iteration, state.get("iteration", 0)
-    observation, _ = env.reset()
-    if args.resume:
-        sr_inputs.restore(tensors, agent, optimizer, env, generators, rank)
-        extended = args.total_timesteps > state["args"]["total_timesteps"]
-        say(f"resume: step {state['step']} of {args.total_timesteps}{', more than it was begun for' if extended else ''}")
-        observation = env.observe()
-    chosen = torch.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().long().tolist()  # of the curves
+    generators = {k: torch.Generator().manual_seed(seed + n) for k, n in (("policy", 10_000), ("minibatch", 20_000))}
+    generators["env"] = env.generator
+    sr_inputs.restore(tensors, agent, optimizer, env, State, generators, rank) if args.resume else env.reset()
+    observation = env.observe()
     run = Path(args.run_dir or f"runs/{train.slug}__orl_ldm__{args.seed}__{int(time.time())}")
+    per_iteration = args.num_envs * args.num_steps
+    iterations, first = args.total_timesteps // per_iteration, state.get("iteration", 0)
     state.update(args=vars(args), ldm=ldm.fingerprint, components=list(COMPONENTS), title=train.title, scenes=train.names)
     if rank == 0:
-        writer = sr_outputs.open_run(run, args, first * per_iteration)
-        plain = evaluate(mdp, test, reward, constant_policy(PLAIN), chosen, args.crop, args.seed)
-        say("progress: PSNR gain over the plain LDM on held-out images, steps, time left, mean return and calls of an image")
-        shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}{postfix}]"  # fits 80 columns
-        bar = tqdm(total=args.total_timesteps, initial=first * per_iteration, unit="step", unit_scale=True, dynamic_ncols=True, bar_format=shape)
+        log = sr_outputs.Log(run, args, first * per_iteration)
+        shown = torch.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().long().tolist()
+        plain = evaluate(mdp, test, reward, constant_policy(PLAIN), shown, args.crop, args.seed)
 
     # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
-    try:
+    with sr_inputs.resume_hint(run):
         for iteration in range(first, iterations):
             began = time.perf_counter()
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / iterations)
-            batch, observation, infos = rollout(env, agent, observation, args.num_steps, policy_generator)
-            bad = ~(batch["maps"].isfinite().flatten(2).all(2) & batch["rewards"].isfinite())  # (T, n)
-            if bad.any():
-                step = iteration * per_iteration + int(bad.any(1).nonzero()[0]) * args.num_envs
-                stop(f"the LDM gave NaN or infinity at step {step}; {run} keeps the checkpoint before it, if there was one")
+            batch, observation, next_value, infos = rollout(env, agent, observation, args.num_steps, generators["policy"])
+            sr_inputs.check_finite(batch, iteration * per_iteration, run)
             rolled = time.perf_counter()
-            with torch.no_grad():
-                next_value = agent.value(*observation)
             batch["rewards"] = batch["rewards"] * args.reward_scale
-            batch["advantages"], batch["returns"] = gae(
-                batch["rewards"], batch["values"], batch["dones"], next_value, args.gamma, args.gae_lambda)  # fmt: skip
-            losses = update(agent, optimizer, batch, args, minibatch_generator)
+            batch["advantages"], batch["returns"] = gae(batch["rewards"], batch["values"], batch["dones"], next_value, args.gamma, args.gae_lambda)
+            losses = update(agent, optimizer, batch, args, generators["minibatch"])
             seconds = time.perf_counter() - began
             step, last = (iteration + 1) * per_iteration, iteration + 1 == iterations
             if rank == 0:
-                figures = {f"losses/{k}": v for k, v in losses.items()}
-                figures |= {"charts/SPS": per_iteration / seconds, "charts/update_share": 1 - (rolled - began) / seconds}
-                figures["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-                evaluating = (iteration + 1) % args.eval_every == 0 or last
-                values = {k: v.flatten() for k, v in action_values(batch["actions"].flatten(0, 1)).items()}
-                calls = ((batch["numbers"][..., 1] + 2) / 4 * args.max_calls).round().flatten()
-                log = sr_outputs.log_iteration(writer, step, batch, values, calls, infos, figures, evaluating)
+                charts = {"SPS": per_iteration / seconds, "update_share": 1 - (rolled - began) / seconds, "learning_rate": optimizer.param_groups[0]["lr"]}
+                evaluating = last or (iteration + 1) % args.eval_every == 0
+                calls = (batch["numbers"][..., 1] + 2) / 4 * args.max_calls  # as `observe` scales them
+                log.iteration(step, batch, action_values(batch["actions"].flatten(0, 1)), calls, infos, losses, charts, evaluating)
                 if evaluating:
-                    steered = evaluate(mdp, test, reward, agent.mean, chosen, args.crop, args.seed)
-                    for k in steered:
-                        writer.add_scalar(f"eval/{k}_agent", steered[k].mean(), step)
-                        writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), step)
-                    bar.set_description_str(f"PSNR {float((steered['psnr'] - plain['psnr']).mean()):+.2f} dB")
-                if iteration + 1 == args.eval_every or last:  # the start and the end: events stay small
-                    log_images(writer, mdp, test, agent.mean, chosen[:: max(1, len(chosen) // 4)][:4], args, step)
-                if infos:
-                    bar.set_postfix_str(f"return {log['charts/episodic_return']:+.3f}, {log['charts/denoiser_calls']:.1f} calls")
-                writer.flush(), bar.update(per_iteration)
+                    log.evaluation(step, evaluate(mdp, test, reward, agent.mean, shown, args.crop, args.seed), plain)
+                if last or iteration + 1 == args.eval_every:  # the start and the end: events stay small
+                    for i in shown[:: max(1, len(shown) // 4)][:4]:
+                        log.images(step, f"{test.names[int(test.scene[i])]}_{i}", *illustrate(mdp, test, agent.mean, i, args), COMPONENTS)
+                log.writer.flush()
             state.update(iteration=iteration + 1, step=step)  # after the log: a kill in between repeats, never skips
             sr_inputs.save_run(run, agent, optimizer, env, generators, state, rank)
-    except KeyboardInterrupt:
-        say(f"\nstopped: go on with python ppo_ldm_sr.py --resume {run}")
-        sys.exit(130)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
-        bar.close(), writer.close()
-        command = ["eval_sr.py", "--agent", str(run), "--crop", str(args.crop)]
-        say(f"curves: tensorboard --logdir {run.parent}\nall held-out images: python {' '.join(command)}")
-        limit = ["--limit", str(-(-args.eval_images // len(test.names)))] if args.eval_images else []
-        command[0] = str(sr_inputs.HERE / command[0])
-        sys.exit(subprocess.run([sys.executable, *command, *limit, "--device", device.type]).returncode)
+        log.close()
+        sys.exit(sr_inputs.final_table(run, args, len(test.names), device))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(sr_inputs.parse_args(Args, __doc__))

@@ -15,49 +15,51 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 import ppo_ldm_sr as orl
 from ppo_ldm_sr import downscale
-from sr_inputs import Scenes, has_bf16, load_scenes, pick_device, say, stop
+from sr_inputs import Scenes, has_bf16, load_scenes, parse_args, pick_device, say, stop
 from sr_metrics import Metrics, load_lpips
 
 
 @dataclass
-class Args:
-    dataset: tuple[str, ...] = ("runs/scenes",)
-    """image folders split/scene/*.jpg or Hub names; every scene of their train splits is used"""
-    small_share: float = 0.05
-    """share of crops drawn from datasets after the first two (the synthetic scenes)"""
-    output: str = "runs/ldm_x4"
-    """folder to write, in diffusers' layout"""
-    minutes_autoencoder: float = 30.0
-    """minutes to train the autoencoder (0: keep it as it is)"""
-    minutes_unet: float = 60.0
-    """minutes to train the U-Net (0: keep it as it is)"""
-    resume: bool = False
-    """go on from the weights in --output"""
-    lpips_weights: str | None = None
-    """AlexNet for LPIPS where it is neither cached nor downloadable"""
-    crop: int = 128
-    """px of a U-Net training crop"""
-    batch_autoencoder: int = 16
-    """64 px crops of a step of the autoencoder"""
-    batch_unet: int = 32
-    """crops of a step of the U-Net"""
-    lr_autoencoder: float = 2e-3
-    """learning rate of the autoencoder"""
-    lr_unet: float = 6e-4
-    """learning rate of the U-Net"""
-    report_images: int = 48
-    """test images of each dataset for the figures at the end"""
-    compile: bool = False
-    """torch.compile the training steps (on a CPU about 1.3 times as fast after a minute of compiling)"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    seed: int = 42
-    """seed of weights, crops and noise"""
+class RunArgs:
+    """The run: images, folder, device."""
+
+    dataset: tuple[str, ...] = ("runs/scenes",)  # image folders split/scene/*.jpg or Hub names; every scene of their train splits is used
+    small_share: float = 0.05  # share of crops drawn from datasets after the first two (the synthetic scenes)
+    output: str = "runs/ldm_x4"  # folder to write, in diffusers' layout
+    resume: bool = False  # go on from the weights in --output
+    lpips_weights: str | None = None  # file of torchvision's AlexNet where it is neither cached nor downloadable
+    report_images: int = 48  # test images of each dataset for the figures at the end
+    compile: bool = False  # torch.compile the training steps (on a CPU about 1.3 times as fast after a minute of compiling)
+    device: str = "auto"  # auto, cpu or cuda
+    seed: int = 42  # seed of weights, crops and noise
+
+
+@dataclass
+class AutoencoderArgs:
+    """The autoencoder, trained on 64 px crops."""
+
+    minutes_autoencoder: float = 30.0  # minutes to train it (0: keep it as it is)
+    batch_autoencoder: int = 16  # crops of a step
+    lr_autoencoder: float = 2e-3  # learning rate of AdamW
+
+
+@dataclass
+class UNetArgs:
+    """The U-Net, trained with the autoencoder frozen."""
+
+    minutes_unet: float = 60.0  # minutes to train it (0: keep it as it is)
+    batch_unet: int = 32  # crops of a step
+    lr_unet: float = 6e-4  # learning rate of AdamW
+    crop: int = 128  # px of a crop
+
+
+@dataclass
+class Args(UNetArgs, AutoencoderArgs, RunArgs):
+    """All settings, flat: args.seed."""
 
 
 LATENT_CHANNELS = 8
@@ -338,4 +340,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_args(Args, __doc__))

@@ -2,12 +2,14 @@
 is said when one of them cannot be had. Nothing of the method is here.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import io
 import json
 import os
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -363,7 +365,7 @@ def training_tensors(agent: nn.Module, optimizer, env, generators: dict) -> dict
     return own | adam | {f"agent.{k}": v for k, v in agent.state_dict().items()}
 
 
-def restore(tensors: dict, agent: nn.Module, optimizer, env, generators: dict, rank: int) -> None:
+def restore(tensors: dict, agent: nn.Module, optimizer, env, state_type, generators: dict, rank: int) -> None:
     """Puts the tensors of `training_tensors` back."""
     agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
     saved = optimizer.state_dict()
@@ -374,7 +376,7 @@ def restore(tensors: dict, agent: nn.Module, optimizer, env, generators: dict, r
     for name, generator in generators.items():
         generator.set_state(tensors[f"generator.{name}"][rank])
     fields = {k[4:]: v[rank].to(env.device) for k, v in tensors.items() if k.startswith("env.")}
-    env.hr, env.truth, env.state = fields.pop("hr"), fields.pop("truth"), type(env.state)(**fields)
+    env.hr, env.truth, env.state = fields.pop("hr"), fields.pop("truth"), state_type(**fields)
 
 
 def save_run(run: Path, agent: nn.Module, optimizer, env, generators: dict, state: dict, rank: int) -> None:
@@ -398,6 +400,15 @@ def save_run(run: Path, agent: nn.Module, optimizer, env, generators: dict, stat
 FREE_ON_RESUME = ("total_timesteps", "resume", "run_dir", "device", "lpips_weights", "eval_images", "eval_every")
 
 
+def parse_args(args_type, description: str):
+    """The command line as `args_type`, a dataclass of dataclasses as bases, each a group of --help."""
+    import tyro
+
+    fields = [(b.__name__.removesuffix("Args"), b, dataclasses.field(default_factory=b)) for b in reversed(args_type.__bases__)]
+    groups = tyro.cli(tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Groups", fields)], description=description)
+    return args_type(**{k: v for group in vars(groups).values() for k, v in vars(group).items()})
+
+
 def resume_args(args) -> tuple[object, dict, dict]:
     """Arguments, tensors and state of the run to go on with; flags that would change the method are refused."""
     tensors, state = load_tensors(Path(args.resume) / "checkpoint.safetensors")
@@ -409,14 +420,22 @@ def resume_args(args) -> tuple[object, dict, dict]:
         flags = ", ".join("--" + k.replace("_", "-") for k in changed)
         stop(f"--resume {args.resume}: {flags} would change the method of that run; leave out or start a new run")
     free = {k: getattr(args, k) for k in FREE_ON_RESUME if getattr(args, k) is not None}
-    return dataclasses.replace(old, **{**free, "run_dir": args.resume}), tensors, state
+    args = dataclasses.replace(old, **{**free, "run_dir": args.resume})
+    more = ", more than it was begun for" if (args.total_timesteps or 0) > state["args"]["total_timesteps"] else ""
+    say(f"resume: step {state['step']} of {args.total_timesteps}{more}")
+    return args, tensors, state
 
 
-def check_args(args, rank: int, world: int) -> None:
-    """Refuses settings of `ppo_ldm_sr.py` that cannot work, before any long work."""
+def set_up(args) -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device of a training run; refuses settings that cannot work, before any long work."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device, per_iteration = pick_device(args.device), args.num_envs * args.num_steps
+    if args.total_timesteps is None:
+        args.total_timesteps = 1_000_000 if device.type == "cuda" else 60_000
+        if device.type == "cpu":
+            say("training: 60,000 steps, about 12 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
     if args.run_dir and not args.resume and rank == 0 and Path(args.run_dir).exists() and any(Path(args.run_dir).iterdir()):
         stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume {args.run_dir} or name another")
-    per_iteration = args.num_envs * args.num_steps
     if args.total_timesteps < per_iteration:
         stop(f"--total-timesteps {args.total_timesteps}: one iteration takes {per_iteration} (--num-envs x --num-steps)")
     if args.num_envs % world or args.minibatch_size % world or not world <= args.minibatch_size <= per_iteration:
@@ -424,3 +443,45 @@ def check_args(args, rank: int, world: int) -> None:
              f"process(es), a minibatch no larger than an iteration's {per_iteration} steps")  # fmt: skip
     if min(args.base_steps, args.max_calls) < 1:
         stop("--base-steps and --max-calls must be at least 1")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    say(f"device: {name}, LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}, {world} process(es)")
+    return rank, world, device
+
+
+def check_ldm(args, ldm, state: dict) -> None:
+    """Says which LDM it is; refuses another one than a resumed run began with, and a crop that does not fit it."""
+    millions = sum(p.numel() for p in ldm.unet.parameters()) / 1e6
+    say(f"LDM: {args.ldm}, U-Net of {millions:.1f} M parameters, {ldm.latent_channels} latent channels, {ldm.prediction_type}, fingerprint {ldm.fingerprint}")
+    if state and state["ldm"] != ldm.fingerprint:
+        stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with (fingerprint {state['ldm']})")
+    if args.crop % (4 * ldm.stride):
+        stop(f"--crop {args.crop}: must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
+
+
+def check_finite(batch: dict[str, torch.Tensor], first_step: int, run: Path) -> None:
+    """Ends a run whose rollout, (T, n, ...) tensors, holds NaN or infinity, before it reaches the weights."""
+    bad = ~(batch["maps"].isfinite().flatten(2).all(2) & batch["rewards"].isfinite())  # (T, n)
+    if bad.any():
+        step = first_step + int(bad.any(1).nonzero()[0]) * bad.shape[1]
+        stop(f"the LDM gave NaN or infinity at step {step}; {run} keeps the checkpoint before it, if there was one")
+
+
+@contextlib.contextmanager
+def resume_hint(run: Path):
+    """After Ctrl-C, says how to go on and ends with exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"\nstopped: go on with python ppo_ldm_sr.py --resume {run}")
+        sys.exit(130)
+
+
+def final_table(run: Path, args, scenes: int, device: torch.device) -> int:
+    """Says how to see more and runs eval_sr.py on about `eval_images` of the held-out images -> its exit code."""
+    command = ["eval_sr.py", "--agent", str(run), "--crop", str(args.crop)]
+    say(f"curves: tensorboard --logdir {run.parent}\nall held-out images: python {' '.join(command)}")
+    command[0] = str(HERE / command[0])
+    limit = ["--limit", str(-(-args.eval_images // scenes))] if args.eval_images else []
+    return subprocess.run([sys.executable, *command, *limit, "--device", device.type]).returncode

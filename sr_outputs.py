@@ -7,61 +7,78 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from sr_inputs import reason, say, stop
 
 # ------------------------------------------------------------------------------------------------ TensorBoard
 
 
-def open_run(run: Path, args, first_step: int):
-    """Makes the run folder, notes command and arguments in it, and returns its SummaryWriter.
+class Log:
+    """The TensorBoard events and the progress bar of a training run, in a folder that it makes."""
 
-    A resumed run (first_step > 0) goes on with the same curve: what a killed run logged after its checkpoint is dropped.
-    """
-    from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, run: Path, args, first_step: int):
+        """A resumed run (first_step > 0) goes on with the same curve: what a killed run logged after its checkpoint is dropped."""
+        from torch.utils.tensorboard import SummaryWriter
 
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        writer = SummaryWriter(run, purge_step=first_step + 1 if first_step else None)
-    except OSError as error:
-        stop(f"--run-dir {run}: cannot be written ({reason(error)}); name another folder")
-    say(f"run: {run}")
-    rows = "\n".join(f"|--{k.replace('_', '-')}|{v}|" for k, v in vars(args).items())
-    command = "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    writer.add_text("run", f"`{command}`\n\n|argument|value|\n|-|-|\n{rows}", first_step)
-    return writer
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(run, purge_step=first_step + 1 if first_step else None)
+        except OSError as error:
+            stop(f"--run-dir {run}: cannot be written ({reason(error)}); name another folder")
+        say(f"run: {run}")
+        rows = "\n".join(f"|--{k.replace('_', '-')}|{v}|" for k, v in vars(args).items())
+        command = "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.writer.add_text("run", f"`{command}`\n\n|argument|value|\n|-|-|\n{rows}", first_step)
+        say("progress: PSNR gain over the plain LDM on held-out images, steps, time left, mean return and calls of an image")
+        shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}{postfix}]"  # fits 80 columns
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, dynamic_ncols=True, bar_format=shape)
 
+    def scalars(self, step: int, values: dict) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, float(value), step)
 
-def log_iteration(writer, step: int, batch: dict, values: dict, calls: torch.Tensor, infos: list[dict], figures: dict, histograms: bool) -> dict:
-    """Scalars (and histograms) of one iteration: losses, episodes, the reward's terms, actions by denoiser call.
+    def iteration(self, step: int, batch: dict, values: dict, calls: torch.Tensor, infos: list[dict], losses: dict, charts: dict, histograms: bool) -> None:
+        """Losses, episodes, the reward's terms, actions by denoiser call, and histograms of these where asked for.
 
-    values: {component: (T n,)}; calls (T n,): the denoiser call that each action follows. -> the scalars
-    """
-    log = dict(figures)
-    if infos:
-        ended = {k: torch.cat([info[k] for info in infos]).float().mean() for k in infos[0]}
-        log |= {f"reward/{k[5:]}": v for k, v in ended.items() if k.startswith("term_")}
-        log |= {f"charts/{k}": ended[k] for k in ("episodic_return", "denoiser_calls", "psnr_gain_over_bicubic")}
-    advantages = batch["advantages"].flatten()
-    log |= {"losses/advantage_std": advantages.std(), "losses/return_std": batch["returns"].flatten().std()}
-    for component, value in values.items():
-        for k in calls.unique().tolist():
-            log[f"policy/{component}_call_{int(k):02d}"] = value[calls == k].mean()
-        if histograms:
-            writer.add_histogram(f"policy/{component}", value, step)
-    for tag, value in log.items():
-        writer.add_scalar(tag, float(value), step)
-    return log
+        values: {component: (T n, 1, 1, 1)}; calls (T, n): the denoiser call that each action follows.
+        """
+        log = {f"charts/{k}": v for k, v in charts.items()} | {f"losses/{k}": v for k, v in losses.items()}
+        if infos:
+            ended = {k: torch.cat([info[k] for info in infos]).float().mean() for k in infos[0]}
+            log |= {f"reward/{k[5:]}": v for k, v in ended.items() if k.startswith("term_")}
+            log |= {f"charts/{k}": ended[k] for k in ("episodic_return", "denoiser_calls", "psnr_gain_over_bicubic")}
+            self.bar.set_postfix_str(f"return {ended['episodic_return']:+.3f}, {ended['denoiser_calls']:.1f} calls")
+        log |= {"losses/advantage_std": batch["advantages"].std(), "losses/return_std": batch["returns"].std()}
+        calls = calls.round().flatten()
+        for component, value in values.items():
+            for k in calls.unique().tolist():
+                log[f"policy/{component}_call_{int(k):02d}"] = value.flatten()[calls == k].mean()
+            if histograms:
+                self.writer.add_histogram(f"policy/{component}", value, step)
+        self.scalars(step, log)
+        self.bar.update(step - self.bar.n)
 
+    def evaluation(self, step: int, agent: dict, plain: dict) -> None:
+        """Metrics (n,) of the held-out images, with the agent and by the plain LDM."""
+        for who, found in (("agent", agent), ("plain", plain)):
+            self.scalars(step, {f"eval/{k}_{who}": v.mean() for k, v in found.items()})
+        self.bar.set_description_str(f"PSNR {float((agent['psnr'] - plain['psnr']).mean()):+.2f} dB")
 
-def log_map(writer, tag: str, maps: torch.Tensor, low: float, high: float, step: int) -> None:
-    """A map (1, c, h, w), mean over channels, with the colours of a fixed scale (also in the tag) that reads in grey."""
-    from matplotlib import colormaps
+    def images(self, step: int, name: str, row: torch.Tensor, maps: tuple, components: dict) -> None:
+        """LR | plain LDM | agent | HR (1, 3, H, 4 W), and maps (1, c, h, w), mean over channels, in a fixed colour scale
+        that reads in grey and stands in the tag."""
+        from matplotlib import colormaps
 
-    scaled = ((maps[0].mean(0) - low) / (high - low)).clamp(0, 1).repeat_interleave(4, 0).repeat_interleave(4, 1)
-    group, name = tag.split("/")
-    tag = f"{group}_dark_{low:g}_to_light_{high:g}/{name}"
-    writer.add_image(tag, colormaps["cividis"](scaled.cpu().numpy())[..., :3], step, dataformats="HWC")
+        self.writer.add_image(f"LR_plain_agent_HR/{name}", row[0], step)
+        for component, m in zip(("blend", "sharpen"), maps):
+            low, high = components[component][1:3]
+            scaled = ((m[0].mean(0) - low) / (high - low)).clamp(0, 1).repeat_interleave(4, 0).repeat_interleave(4, 1)
+            tag = f"{component}_map_dark_{low:g}_to_light_{high:g}/{name}"
+            self.writer.add_image(tag, colormaps["cividis"](scaled.cpu().numpy())[..., :3], step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.bar.close(), self.writer.close()
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -87,17 +104,6 @@ def axes_grid(rows: int, columns: int, width: float, height: float):
     for ax in axes.flat:
         ax.set_xticks([]), ax.set_yticks([])
     return plt, fig, axes
-
-
-@torch.inference_mode()
-def trajectory(mdp, lr: torch.Tensor, z: torch.Tensor, policy) -> list[tuple]:
-    """Every (state, action) of one image, LR (1, 3, h, w) in [0, 1], from noise (1, c, h, w), under a policy."""
-    steps, s, done = [], mdp.begin(lr, z), False
-    while not done:
-        steps.append((s, policy(*mdp.observe(s))))
-        z, t, done = mdp.advance(*steps[-1])
-        s = s if done else mdp.follow(s, z, t)
-    return steps
 
 
 def array(image: torch.Tensor) -> np.ndarray:
@@ -134,23 +140,57 @@ def comparison(path: Path, examples: list[dict], title: str) -> None:
     plt.close(fig)
 
 
-def action_maps(path: Path, examples: list[dict], ranges: dict, title: str) -> None:
-    """Per example the agent's image and its maps, one fixed colour scale a component.
+def show_map(ax, maps: torch.Tensor, scale: tuple) -> None:
+    """A map (1, 1, h, w) in the colours of a fixed scale (low, high, unit)."""
+    ax.imshow(array(maps)[..., 0], cmap="cividis", vmin=scale[0], vmax=scale[1], interpolation="nearest")
 
-    examples: {"scene": name, "image": (1, 3, H, W), "maps": {label: (1, 1, h, w)}}; ranges: {label: (low, high, unit)}
+
+def action_maps(path: Path, examples: list[dict], scales: dict, title: str) -> None:
+    """Per example the agent's image and its maps at the last call, one fixed colour scale a map.
+
+    examples: {"scene": name, "image": (1, 3, H, W), "steps": [{"maps": {name: (1, 1, h, w)}}]}; scales: {name: (low, high, unit)}
     """
-    labels = list(examples[0]["maps"])
-    plt, fig, axes = axes_grid(len(examples), 1 + len(labels), 2.3 * (1 + len(labels)), 2.2)
+    plt, fig, axes = axes_grid(len(examples), 1 + len(scales), 2.3 * (1 + len(scales)), 2.2)
     for line, example in zip(axes, examples):
         line[0].imshow(array(example["image"]), interpolation="nearest")
         line[0].set_ylabel(example["scene"].replace("_", " "), fontsize=9)
-        for ax, label in zip(line[1:], labels):
-            low, high, _ = ranges[label]
-            ax.imshow(array(example["maps"][label])[..., 0], cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
-    for column, label in zip(axes.T[1:], labels):
-        fig.colorbar(column[-1].images[0], ax=column, location="bottom", shrink=0.8, aspect=15, pad=0.01, label=ranges[label][2])
-    for ax, label in zip(axes[0], ["LDM with RL", *labels]):
+        for ax, name in zip(line[1:], scales):
+            show_map(ax, example["steps"][-1]["maps"][name], scales[name])
+    for column, (name, scale) in zip(axes.T[1:], scales.items()):
+        fig.colorbar(column[-1].images[0], ax=column, location="bottom", shrink=0.8, aspect=15, pad=0.01, label=f"{name} ({scale[2]})")
+    for ax, label in zip(axes[0], ["LDM with RL", *(f"{name}, last call" for name in scales)]):
         ax.set_title(label, fontsize=9)
+    fig.suptitle(title, fontsize=9)
+    fig.savefig(path, dpi=DPI, pil_kwargs={"optimize": True})
+    plt.close(fig)
+
+
+def steps(path: Path, example: dict, scales: dict, title: str) -> None:
+    """One image from call to call: the clean latent that the LDM predicts, where it strays, what the agent does; at the end
+    SR, HR and the blend of the last step.
+
+    example: {"image": SR and "hr": HR, (1, 3, H, W), "steps": [{"t", "x0": (1, 3, H, W), "maps", "values"}]}; scales: see action_maps
+    """
+    calls = example["steps"]
+    plt, fig, axes = axes_grid(3, len(calls) + 1, 1.9 * (len(calls) + 1), 2.1)
+    for k, (column, call) in enumerate(zip(axes.T, calls), 1):
+        column[0].imshow(array(call["x0"]), interpolation="nearest")
+        column[0].set_title(f"call {k}, t = {call['t']}", fontsize=9)
+        show_map(column[1], call["maps"]["deviation"], scales["deviation"])
+        show_map(column[2], call["maps"]["sharpen"], scales["sharpen"])
+        chosen = call["values"]
+        ends = [f"consistency {chosen['consistency']:.2f}"] if k == len(calls) else [f"noise x {chosen['noise']:.2f}, stride x {chosen['stride']:.1f}"]
+        column[2].set_xlabel("\n".join([f"sharpen {chosen['sharpen']:+.2f} {chosen['sharpen_slope']:+.2f} dev.", *ends]), fontsize=7)
+    for ax, label in zip(axes[:, 0], ("clean latent x0,\ndecoded", "deviation of x0 from\nthe posterior mean", "sharpening map")):
+        ax.set_ylabel(label, fontsize=8)
+    last = axes[:, -1]
+    last[0].imshow(array(example["image"]), interpolation="nearest"), last[0].set_title("SR", fontsize=9)
+    last[1].imshow(array(example["hr"]), interpolation="nearest"), last[1].set_title("HR", fontsize=9)
+    show_map(last[2], calls[-1]["maps"]["blend"], scales["blend"])
+    last[2].set_title("blend map, last call", fontsize=9)
+    last[2].set_xlabel(f"blend {calls[-1]['values']['blend']:.2f} {calls[-1]['values']['blend_slope']:+.2f} dev.", fontsize=7)
+    for ax in (axes[1, -2], axes[2, -2], last[2]):
+        fig.colorbar(ax.images[0], ax=ax, location="right", shrink=0.8, aspect=12, pad=0.02).ax.tick_params(labelsize=6)
     fig.suptitle(title, fontsize=9)
     fig.savefig(path, dpi=DPI, pil_kwargs={"optimize": True})
     plt.close(fig)

@@ -111,10 +111,8 @@ def main(args: Args) -> None:
         kept = []
         observation = env.observe()
         rollout.append(seconds(lambda: kept.append(orl.rollout(env, learner, observation, settings.num_steps, draw))))
-        batch, observation, _ = kept[0]
-        batch["advantages"], batch["returns"] = orl.gae(
-            batch["rewards"] * settings.reward_scale, batch["values"], batch["dones"], learner.value(*observation), 0.99, 0.95
-        )
+        batch, observation, next_value, _ = kept[0]
+        batch["advantages"], batch["returns"] = orl.gae(batch["rewards"] * settings.reward_scale, batch["values"], batch["dones"], next_value, 0.99, 0.95)
         with torch.enable_grad():
             update.append(seconds(lambda: orl.update(learner, optimizer, batch, settings, draw)))
     per_iteration = n * settings.num_steps

@@ -62,13 +62,8 @@ def best_blend(mdp: orl.Denoising, scenes, reward, indices, args: Args) -> dict[
     parts = []
     for part, hr in scenes.batches(indices, 4 * mdp.ldm.stride, args.crop, 16):
         lr, truth = orl.downscale(hr), mdp.ldm.encode(hr)
-        s = mdp.begin(lr, orl.noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed))
-        plain = orl.PLAIN.to(lr.device).expand(len(lr), -1)
-        while True:
-            z, t, done = mdp.advance(s, plain)
-            if done.all():
-                break
-            s = mdp.follow(s, z, t)
+        z = orl.noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
+        *_, (_, s, _, _, _) = mdp.steps(lr, z, orl.constant_policy(orl.PLAIN))
         towards = s.mean - s.x0
         blend = ((truth - s.x0) * towards / (towards.square() + 1e-8)).clamp(0, 1)
         sr = mdp.finish(s.x0 + blend * towards, lr, constant_action(consistency=1.0).to(lr.device).expand(len(lr), -1))

@@ -11,7 +11,6 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolut
 import ppo_ldm_sr as orl
 import sr_inputs
 import sr_metrics
-import sr_outputs
 from sr_metrics import Metrics
 
 CPU = torch.device("cpu")
@@ -138,17 +137,27 @@ def test_slopes_act_where_x0_strays_from_the_posterior_mean_and_nowhere_at_the_f
     assert orl.deviation(x0, x0).abs().max() == 0
 
 
-def test_the_trajectory_of_the_pictures_is_the_one_of_the_table(tmp_path):
+def test_an_image_that_ends_early_leaves_the_others_to_go_on(tmp_path):
     mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), 5, 10)
-    lr, z, agent = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), orl.Agent(3)
-    agent.actor.head[-1].weight.data.normal_(std=0.05)  # actions that differ from step to step
-    _, calls, trace = mdp.super_resolve(lr, z, agent.mean)
-    steps = sr_outputs.trajectory(mdp, lr, z, agent.mean)
-    assert len(steps) == len(trace) == int(calls) > 1
-    for (s, action), (_, t, expected) in zip(steps, trace):
-        assert torch.equal(s.t, t) and torch.equal(action, expected)
-    blend, sharpen = mdp.maps(*steps[-1])
-    assert blend.shape == sharpen.shape == z.shape and blend.min() >= 0 and sharpen.min() >= -0.5
+    lr, z = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
+    stride = list(orl.COMPONENTS).index("stride")
+
+    def policy(maps, numbers):  # the first image of two takes long steps
+        action = orl.PLAIN.expand(len(maps), -1).clone()
+        action[0, stride] = 2.0 if len(maps) == 2 else 0.0
+        return action
+
+    seen = list(mdp.steps(lr, z, policy))
+    assert [slots.tolist() for slots, *_ in seen] == [[0, 1], [0, 1], [1], [1], [1]]
+    assert [done.tolist() for *_, done in seen] == [[False, False], [True, False], [False], [False], [True]]
+    sr, calls, trace = mdp.super_resolve(lr, z, policy)
+    assert calls.tolist() == [2, 5] and [t.tolist() for _, t, _ in trace] == [s.t.tolist() for _, s, *_ in seen]
+    for slot in (0, 1):  # as each would have been by itself
+        *_, (_, s, action, z_last, _) = [step for step in seen if slot in step[0].tolist()]
+        own = (seen[1] if slot == 0 else seen[-1])[0].tolist().index(slot)
+        torch.testing.assert_close(sr[slot : slot + 1], mdp.finish(z_last[own : own + 1], lr[slot : slot + 1], action[own : own + 1]))
+    blend, sharpen = mdp.maps(s, action)
+    assert blend.shape == sharpen.shape == (1, 3, 16, 16) and blend.min() >= 0 and sharpen.min() >= -0.5
 
 
 # ---------------------------------------------------------------- environment and reward

@@ -1,6 +1,7 @@
 """Whole runs of the three scripts, as a user starts them: tiny models, seconds each."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from conftest import ROOT, SHARED
 
 import eval_sr
 import ppo_ldm_sr as orl
+import pretrain_ldm
 import sr_inputs
 
 SMALL = ["--num-envs", "4", "--num-steps", "25", "--crop", "64", "--eval-images", "2", "--max-calls", "4", "--base-steps", "4"]
@@ -86,8 +88,8 @@ def after_the_first(run, agent, optimizer, env, generators, state, rank):
     if state["iteration"] == 1:
         ACTION
 sr_inputs.save_run = after_the_first
-orl.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table
-orl.main(orl.tyro.cli(orl.Args))
+sr_inputs.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table
+orl.main(sr_inputs.parse_args(orl.Args, ""))
 """
 
 
@@ -167,7 +169,7 @@ def test_two_processes_keep_equal_weights_on_different_images(tmp_path, ldm_fold
     script = tmp_path / "check.py"
     script.write_text(
         "import sys, os, torch; sys.path.insert(0, os.getcwd())\n"
-        "import ppo_ldm_sr as orl\n"
+        "import ppo_ldm_sr as orl, sr_inputs\n"
         "update = orl.update\n"
         "def checked(agent, optimizer, batch, args, generator):\n"
         "    out = update(agent, optimizer, batch, args, generator)\n"
@@ -178,8 +180,8 @@ def test_two_processes_keep_equal_weights_on_different_images(tmp_path, ldm_fold
         "    if orl.dist.get_rank() == 0: print('checked', batch['maps'].shape[1])\n"
         "    return out\n"
         "orl.update = checked\n"
-        "orl.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table\n"
-        "orl.main(orl.tyro.cli(orl.Args))\n"
+        "sr_inputs.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table\n"
+        "orl.main(sr_inputs.parse_args(orl.Args, ""))\n"
     )
     folder = tmp_path / "two"
     said = run("-m", "torch.distributed.run", "--nproc_per_node=2", script, "--ldm", ldm_folder, "--dataset", "runs/scenes",
@@ -269,3 +271,17 @@ def test_the_readme_points_at_the_lines_that_it_names():
     assert len(links) > 12
     for name, file, line in links:
         assert re.match(rf"\s*(def |class |){name}\b", (ROOT / file).read_text().splitlines()[int(line) - 1]), (name, file, line)
+
+
+@pytest.mark.parametrize("script", [orl, eval_sr, pretrain_ldm])
+def test_help_shows_every_flag_in_its_group_with_a_sentence_and_its_default(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    monkeypatch.setenv("COLUMNS", "250")
+    with pytest.raises(SystemExit):
+        sr_inputs.parse_args(script.Args, script.__doc__)
+    said = capsys.readouterr().out
+    for group in script.Args.__bases__:
+        assert f"{group.__name__.removesuffix('Args')} options" in said and group.__doc__ in said
+        for field in dataclasses.fields(group):
+            entries = re.findall(rf"^\W*--{field.name.replace('_', '-')}\b.*(?:\n\W*[^-\W].*)*", said, re.MULTILINE)
+            assert len(entries) == 1 and "(default: " in entries[0] and len(entries[0].split()) > 6, field.name
