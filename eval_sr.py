@@ -10,7 +10,6 @@ the image, `constant` the best constant action, `agent` the LDM steered by the a
 """
 
 import csv
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tqdm import tqdm
 import ppo_ldm_sr as orl
 import sr_inputs
 import sr_outputs
-from ppo_ldm_sr import PLAIN, Denoising, constant_policy, downscale, noise_for, upscale
+from ppo_ldm_sr import Denoising, constant_policy, downscale, noise_for, upscale
 from sr_inputs import Scenes, list_images, say, stop
 from sr_metrics import Metrics, load_lpips, peak_signal_to_noise_ratio
 
@@ -80,47 +79,6 @@ class Args(ImagesArgs, TableArgs, RunArgs):
 # ------------------------------------------------------------------------------------------------ table
 
 
-def action_range() -> tuple[torch.Tensor, torch.Tensor]:
-    """The lowest and the highest action that still make a difference, (7,) each: the components' ranges."""
-    ends = [[math.log2(v) if k == "stride" else (v - c[0]) / c[3] for v in c[1:3]] for k, c in orl.COMPONENTS.items()]
-    return tuple(torch.tensor(ends).T)
-
-
-def search_constant(mdp: Denoising, scenes: Scenes, reward: orl.Reward, crop: int, seed: int, images=32, population=24):
-    """The best constant action on training crops, by the cross-entropy method (at first all over the components' ranges,
-    then around the best), then component by component. -> action (7,), its mean reward.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    hr = scenes.crops(torch.randint(len(scenes), (images,), generator=draw), crop, draw)
-    lr = downscale(hr)
-    z = torch.randn(images, mdp.ldm.latent_channels, crop // 4, crop // 4, generator=draw).to(hr.device)
-
-    def score(action: torch.Tensor) -> float:
-        total = 0.0
-        for part in torch.arange(images).split(16):
-            sr, calls, _ = mdp.super_resolve(lr[part], z[part], constant_policy(action))
-            total += float(reward(reward.metrics(sr, hr[part]), calls).sum())
-        return total / images
-
-    low, high = action_range()
-    mean, spread, tried = PLAIN, (high - low) / 2, [(score(PLAIN), PLAIN)]
-    for _ in range(5):
-        noise = torch.randn(population, len(low), generator=draw)
-        trials = torch.minimum(torch.maximum(mean + spread * noise, low), high)
-        tried += [(score(action), action) for action in trials]
-        tried.sort(key=lambda pair: -pair[0])
-        elite = torch.stack([action for _, action in tried[: population // 4]])
-        mean, spread = elite.mean(0), elite.std(0) + 0.02 * (high - low)
-    best, action = tried[0]
-    for step in (high - low) / torch.tensor([[4.0], [8.0], [16.0]]):  # one component at a time, by smaller and smaller steps
-        for i in range(2 * len(low)):
-            trial = action.clone()
-            trial[i // 2] = (action + step * (-1) ** i).clamp(low, high)[i // 2]
-            if (value := score(trial)) > best:
-                best, action = value, trial
-    return action, best
-
-
 def super_resolve_all(mdp: Denoising, lr, hr, z, agent, constant):
     """One batch by every method -> {method: (SR, calls (n,), seconds per image)}, the agent's decisions."""
     results, n, clock = {}, len(lr), time.perf_counter()
@@ -133,7 +91,8 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, constant):
         clock = time.perf_counter()
 
     def plain(steps: int, group=slice(None)):
-        return Denoising(mdp.ldm, steps, steps).super_resolve(lr[group], z[group], constant_policy(PLAIN))[:2]
+        short = Denoising(mdp.ldm, steps, steps)
+        return short.super_resolve(lr[group], z[group], short.plain)[:2]
 
     none = torch.zeros(n, dtype=torch.long, device=lr.device)
     lap("bicubic", upscale(lr).clamp(0, 1), none)
@@ -168,7 +127,7 @@ def measure(args: Args, mdp: Denoising, scenes: Scenes, reward: orl.Reward, agen
         for call, (slots, t, action) in enumerate(trace, 1):
             values = orl.action_values(action)
             for j, slot in enumerate(slots.tolist()):
-                decision = {k: float(v[j]) for k, v in values.items()} | {"call": call, "t": int(t[j])}
+                decision = {k: v[j].flatten().tolist() for k, v in values.items()} | {"call": call, "t": int(t[j])}
                 decisions.append(decision | {"scene": scenes.names[int(scenes.scene[part[slot]])], "index": part[slot]})
         progress.update(len(part))
     progress.close()
@@ -214,7 +173,13 @@ def table(rows, scenes: list[str], title: str) -> str:
             digits = {"psnr": 3, "calls": 1, "seconds": 3, "lr_psnr": 1}
             shown = {k: "" if k == "reward" and method in ("bicubic", "autoencoder") else number(v, digits.get(k, 4)) for k, v in means.items()}
             text.append(f"| {label} | " + " | ".join(shown.values()) + " |")
-    text += ["", "## What the agent gains, over all images", "", "Mean difference, its 95% interval by paired bootstrap over images, share of images that improve.", ""]
+    text += [
+        "",
+        "## What the agent gains, over all images",
+        "",
+        "Mean difference, its 95% interval by paired bootstrap over images, share of images that improve.",
+        "",
+    ]
     text += ["| agent against | PSNR (dB) | SSIM | LPIPS | reward |", "|---|---|---|---|---|"]
     for method in ("bicubic", "ldm", "ldm_same_calls", "constant")[: 3 + has_constant]:
         cells = []
@@ -230,14 +195,21 @@ def table(rows, scenes: list[str], title: str) -> str:
 
 
 def decision_table(decisions: list[dict]) -> str:
-    """Markdown: what the agent does at each denoiser call, mean over the images that get there."""
-    names = list(orl.COMPONENTS)
+    """Markdown: what the agent does at each denoiser call and in each latent channel, mean over the images that get there."""
+    single = [k for k in orl.COMPONENTS if not k.endswith("channel")]
     lines = ["", "What the agent does at each denoiser call, mean (spread over images):", ""]
-    lines += ["| call | images | timestep | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
+    lines += ["| call | images | timestep | " + " | ".join(single) + " |", "|---" * (len(single) + 3) + "|"]
     for call in sorted({d["call"] for d in decisions}):
         at = [d for d in decisions if d["call"] == call]
-        cells = [f"{np.mean([d[k] for d in at]):.2f} ({np.std([d[k] for d in at]):.2f})" for k in names]
+        cells = [f"{np.mean([d[k] for d in at]):.2f} ({np.std([d[k] for d in at]):.2f})" for k in single]
         lines.append(f"| {call} | {len(at)} | {np.mean([d['t'] for d in at]):.0f} | " + " | ".join(cells) + " |")
+    last = {d["index"]: d for d in decisions}.values()  # the last call of each image
+    channels = range(len(decisions[0]["blend_channel"]))
+    lines += ["", "And in each latent channel, at an image's last call:", ""]
+    lines += ["| component | " + " | ".join(f"channel {c}" for c in channels) + " |", "|---" * (len(channels) + 1) + "|"]
+    for k in (k for k in orl.COMPONENTS if k not in single):
+        mean, spread = (f([d[k] for d in last], axis=0) for f in (np.mean, np.std))
+        lines.append(f"| {k} | " + " | ".join(f"{mean[c]:+.2f} ({spread[c]:.2f})" for c in channels) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -264,10 +236,8 @@ def pictures(folder: Path, mdp: Denoising, scenes: Scenes, agent, rows, decision
         lr = downscale(hr)
         z = noise_for(mdp.ldm, [i], *lr.shape[-2:], args.seed)
         panels = {"LR": (F.interpolate(lr, scale_factor=4), "")}
-        for label, method, how, policy in (
-            ("without RL", "ldm", Denoising(mdp.ldm, 100, 100), constant_policy(PLAIN)),
-            ("with RL", "agent", mdp, agent.mean),
-        ):
+        full = Denoising(mdp.ldm, 100, 100)
+        for label, method, how, policy in (("without RL", "ldm", full, full.plain), ("with RL", "agent", mdp, agent.mean)):
             m = next(r for r in rows if r["method"] == method and r["index"] == i)
             caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
             panels[label] = (how.super_resolve(lr, z, policy)[0], caption)
@@ -276,7 +246,7 @@ def pictures(folder: Path, mdp: Denoising, scenes: Scenes, agent, rows, decision
         for _, s, action, _, _ in mdp.steps(lr, z, agent.mean):
             maps = {"deviation": orl.deviation(s.x0, s.mean)} | dict(zip(("blend", "sharpen"), mdp.maps(s, action)))
             maps = {k: v.mean(1, keepdim=True) for k, v in maps.items()}
-            values = {k: float(v) for k, v in orl.action_values(action).items()}
+            values = {k: float(v.mean()) for k, v in orl.action_values(action).items()}
             steps.append({"t": int(s.t), "x0": mdp.ldm.decode(s.x0), "maps": maps, "values": values})
         steered.append({"scene": name, "image": panels["with RL"][0], "hr": hr, "steps": steps})
     scales = {"deviation": (-2.0, 2.0, "standard units")} | {k: (*orl.COMPONENTS[k][1:3], "mean over channels") for k in ("blend", "sharpen")}
@@ -385,21 +355,15 @@ def pick_dataset(args: Args, state: dict) -> str:
 
 def best_constant(run: Path, state: dict, dataset: str, mdp: Denoising, reward: orl.Reward):
     """The best constant action: as the run folder keeps it, else searched on the agent's training images and kept."""
-    file = run / "constant.json"
-    if file.is_file():
-        return torch.tensor(json.loads(file.read_text())["action"])
+    if (kept := sr_inputs.read_constant(run)) is not None:
+        return kept
     trained = state["args"]
     scenes = sr_inputs.load_scenes(dataset, "train", tuple(state["scenes"]), trained["crop"])
     if scenes.title != state["title"]:
         say(f"best constant action: needs the agent's training images ({state['title']}); its row is left out")
         return None
-    say("best constant action: searching it on training crops (a minute or two) ...")
-    action, score = search_constant(mdp, scenes.to(mdp.ldm.device), reward, trained["crop"], trained["seed"])
-    values = {k: round(float(v), 4) for k, v in orl.action_values(action[None]).items()}
-    found = {"action": action.tolist(), "values": values, "reward_on_training_crops": round(score, 5)}
-    sr_inputs.write_file(file, lambda part: part.write_text(json.dumps(found, indent=2) + "\n"))
-    say(f"best constant action: {values}")
-    return action
+    found = orl.search_constant(mdp, scenes.to(mdp.ldm.device), reward, trained["crop"], trained["seed"])
+    return sr_inputs.keep_constant(run, *found, orl.action_values)
 
 
 def main(args: Args) -> None:

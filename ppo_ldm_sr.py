@@ -9,14 +9,13 @@ One step of the environment, for every image of a batch (a slot):
 
     latent z_t, LR image --U-Net--> clean latent x0, noise                  one denoiser call
     state  = (z_t, x0, posterior mean, LR image, t, calls)
-    action = (blend, sharpen, their slopes, noise, consistency, stride) ~ agent(state)    zero = the plain LDM's step
+    action = (blend, sharpen, their slopes and channel numbers, noise, consistency, stride) ~ agent(state)   zero: plain LDM
     x0' = sharpen(x0), blended with the posterior mean at the last step, cell by cell
     z_t' = sqrt(alpha_t') x0' + sqrt(1 - alpha_t') noise_scale noise        DDIM step to t' = t - stride * T / base_steps
     t' < 0 or budget spent: SR = decode(z_t') + up(consistency (LR - down(SR)))
         reward = 0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 (1 - calls/100)  minus the same for bicubic
 """
 
-import dataclasses
 import math
 import sys
 import time
@@ -63,6 +62,7 @@ class EnvironmentArgs:
     max_calls: int = 10  # denoiser calls an image may cost; the last one jumps to the clean latent
     eval_images: int = 32  # held-out images of the table and the curves; 0: all (eval_sr.py makes the full table)
     eval_every: int = 10  # iterations between two evaluations of the agent
+    start: str = "constant"  # where the untrained mean policy is: constant (the best constant action, searched first) or plain (the plain LDM)
 
 
 @dataclass
@@ -124,8 +124,7 @@ class LDM:
     def predict(self, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One denoiser call: latents z (n, c, h, w) at timesteps t (n,), LR (n, 3, h, w) -> clean latents, noise."""
         with self.autocast:
-            output = self.unet(self.lay_out(torch.cat([z, 2 * lr - 1], dim=1)), t, return_dict=False)[0]
-        output = output.float().contiguous()
+            output = self.unet(self.lay_out(torch.cat([z, 2 * lr - 1], dim=1)), t, return_dict=False)[0].float().contiguous()
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         a, b = alpha.sqrt(), (1 - alpha).sqrt()  # z = a x0 + b noise
         x0, noise = {
@@ -167,23 +166,19 @@ def upscale(lr: torch.Tensor) -> torch.Tensor:
     return F.interpolate(lr, scale_factor=4, mode="bicubic")
 
 
+@dataclass
 class Reward:
     """The paper's reward (Table 1) of images whose quality `metrics` gives, an `sr_metrics.Metrics`."""
 
+    metrics: Metrics
     WEIGHTS = {"psnr": 0.4, "ssim": 0.3, "lpips": 0.2, "efficiency": 0.1}  # paper: Table 1
-
-    def __init__(self, metrics: Metrics):
-        self.metrics = metrics
 
     def terms(self, metrics: dict[str, torch.Tensor], calls: torch.Tensor) -> dict[str, torch.Tensor]:
         """The four terms, each in [0, 1] and already weighted, (n,); their sum is the reward."""
         # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
         # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
-        psnr = (metrics["psnr"] / 50).clamp(0, 1)
-        scaled = {"psnr": psnr, "ssim": metrics["ssim"], "lpips": 1 - metrics["lpips"], "efficiency": 1 - calls / 100}
-        weights = self.WEIGHTS
-        if self.metrics.net is None:  # the other weights, renormalised
-            weights = {k: w / 0.8 for k, w in weights.items() if k != "lpips"}
+        scaled = {"psnr": (metrics["psnr"] / 50).clamp(0, 1), "ssim": metrics["ssim"], "lpips": 1 - metrics["lpips"], "efficiency": 1 - calls / 100}
+        weights = self.WEIGHTS if self.metrics.net else {k: w / 0.8 for k, w in self.WEIGHTS.items() if k != "lpips"}  # no LPIPS: the others
         return {k: w * scaled[k] for k, w in weights.items()}
 
     def __call__(self, metrics: dict[str, torch.Tensor], calls: torch.Tensor | float) -> torch.Tensor:
@@ -193,10 +188,10 @@ class Reward:
 
 # ------------------------------------------------------------------------------------------------ environment
 
-# choice: the action is 7 bounded numbers per image and step
+# choice: the action is 7 bounded numbers per image and step, and 2 for each of the c latent channels
 # A unit of the agent's Gaussian moves a component by `unit` from its neutral value, within [low, high]; zero is the
-# plain LDM's step. The two slopes make maps over latent cells and channels: value + slope * deviation(x0). Gaussians of
-# single cells would need the credit of cells, which is biased; a map of two numbers has the image's reward as its own.
+# plain LDM's step. Slopes make maps over latent cells: value + channel's number + slope * deviation(x0). Gaussians of
+# single cells would need the credit of cells, which is biased; a map of few numbers has the image's reward as its own.
 # name: (neutral, low, high, unit)
 COMPONENTS = {
     "blend": (0.0, 0.0, 1.0, 0.3),  # last step: x0 <- (1 - b) x0 + b posterior mean       less distortion
@@ -206,16 +201,32 @@ COMPONENTS = {
     "noise": (1.0, 0.5, 1.1, 0.02),  # scale of the noise kept for the next step           less of it: smoother
     "consistency": (0.0, 0.0, 1.0, 1.0),  # end: SR <- SR + up(g (LR - down(SR)))          truer to the LR image
     "stride": (1.0, 0.5, 5.0, 1.0),  # times the plain schedule's jump, a power of two     fewer calls
+    "blend_channel": (0.0, -0.5, 0.5, 0.3),  # c numbers, added to blend                   channels differ in what
+    "sharpen_channel": (0.0, -0.5, 0.5, 0.15),  # c numbers, added to sharpen              they hold
 }
 
 
 def action_values(action: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gaussian action (n, 7), zero = plain LDM -> value of each component, (n, 1, 1, 1), within its range."""
-    values = {}
-    for i, (name, (neutral, low, high, unit)) in enumerate(COMPONENTS.items()):
-        a = action[:, i].view(-1, 1, 1, 1)
-        values[name] = (neutral * 2 ** (unit * a) if name == "stride" else neutral + unit * a).clamp(low, high)
+    """Gaussian action (n, 7 + 2c), zero = plain LDM -> each component's values in its range, (n, 1 or c, 1, 1)."""
+    c, values = (action.shape[1] - 7) // 2, {}
+    for (name, (neutral, low, high, unit)), part in zip(COMPONENTS.items(), action[..., None, None].split([1] * 7 + [c, c], dim=1)):
+        values[name] = (neutral * 2 ** (unit * part) if name == "stride" else neutral + unit * part).clamp(low, high)
     return values
+
+
+def action_for(c: int, **values: float) -> torch.Tensor:
+    """The Gaussian action (7 + 2c,) that gives these values; what is not named is neutral: with none, the plain LDM's."""
+    parts = []
+    for name, (neutral, _, _, unit) in COMPONENTS.items():
+        value = values.get(name, neutral)
+        part = [math.log2(value / neutral) / unit if name == "stride" else (value - neutral) / unit]
+        parts += part * (c if name.endswith("channel") else 1)
+    return torch.tensor(parts)
+
+
+def constant_policy(action: torch.Tensor):
+    """The policy that takes the same action (7 + 2c,) everywhere."""
+    return lambda maps, numbers: action.to(maps.device).expand(len(maps), -1)
 
 
 def local_mean(x: torch.Tensor) -> torch.Tensor:
@@ -234,15 +245,9 @@ def deviation(x0: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return centred / (centred.square().mean(dim=(2, 3), keepdim=True).sqrt() + 1e-3)
 
 
-def ddim_step(x0, noise, alpha, alpha_next, eta=0.0, fresh=None):
-    """DDIM step between any two timesteps (Song et al. 2021, eq. 12 and 16).
-
-    x0, noise (n, c, h, w): the call's clean latent and noise; alpha, alpha_next (n, 1, 1, 1): alpha_bar before and
-    after; eta: share of the noise that is drawn anew, from `fresh` ~ N(0, 1).
-    """
-    sigma = eta * ((1 - alpha_next) / (1 - alpha)).sqrt() * (1 - alpha / alpha_next).clamp(min=0).sqrt()
-    z = alpha_next.sqrt() * x0 + (1 - alpha_next - sigma**2).clamp(min=0).sqrt() * noise
-    return z + sigma * fresh if eta else z
+def ddim_step(x0: torch.Tensor, noise: torch.Tensor, alpha_next: torch.Tensor) -> torch.Tensor:
+    """DDIM step, eta 0, to any timestep (Song et al. 2021, eq. 12): clean latent and noise (n, c, h, w), alpha_bar (n, 1, 1, 1)."""
+    return alpha_next.sqrt() * x0 + (1 - alpha_next).sqrt() * noise
 
 
 @dataclass
@@ -258,7 +263,7 @@ class State:
     mean: torch.Tensor  # (n, c, h, w) estimate of the posterior mean: x0 of the first call, at pure noise
 
     def map(self, function) -> "State":
-        return State(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return State(**{k: function(v) for k, v in vars(self).items()})
 
 
 class Denoising:
@@ -268,6 +273,7 @@ class Denoising:
         self.ldm, self.base_steps, self.max_calls = ldm, base_steps, max_calls
         self.t_first = ldm.first_timestep(base_steps)
         self.jump = ldm.num_timesteps // base_steps
+        self.plain = constant_policy(action_for(ldm.latent_channels))  # the plain LDM as a policy
 
     def begin(self, lr: torch.Tensor, z: torch.Tensor) -> State:
         """LR (n, 3, h, w) in [0, 1] and latents of pure noise (n, c, h, w) -> the state after the first call."""
@@ -284,12 +290,12 @@ class Denoising:
         return maps.half(), 4 * torch.stack([time_left, calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1).float() - 2
 
     def maps(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`blend` and `sharpen` of an action (n, 7) as maps over latent cells and channels, (n, c, h, w) each."""
+        """`blend` and `sharpen` of an action (n, 7 + 2c) as maps over latent cells and channels, (n, c, h, w) each."""
         v, far = action_values(action), deviation(s.x0, s.mean)
-        return tuple((v[k] + v[k + "_slope"] * far).clamp(*COMPONENTS[k][1:3]) for k in ("blend", "sharpen"))
+        return tuple((v[k] + v[k + "_channel"] + v[k + "_slope"] * far).clamp(*COMPONENTS[k][1:3]) for k in ("blend", "sharpen"))
 
     def advance(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Steered DDIM step: action (n, 7) -> latents (n, c, h, w), their timesteps (n,), done (n,).
+        """Steered DDIM step: action (n, 7 + 2c) -> latents (n, c, h, w), their timesteps (n,), done (n,).
 
         Where done, the latents are the final ones and the timestep is -1.
         """
@@ -300,8 +306,7 @@ class Denoising:
         blend, sharpen = self.maps(s, action)
         x0 = s.x0 + sharpen * (s.x0 - local_mean(s.x0))
         x0 = torch.where(done.view(-1, 1, 1, 1), torch.lerp(x0, s.mean, blend), x0)
-        alpha, alpha_next = self.ldm.alphas[s.t].view(-1, 1, 1, 1), self.ldm.alphas[t_next].view(-1, 1, 1, 1)
-        return ddim_step(x0, v["noise"] * s.noise, alpha, alpha_next), t_next, done
+        return ddim_step(x0, v["noise"] * s.noise, self.ldm.alphas[t_next].view(-1, 1, 1, 1)), t_next, done
 
     def follow(self, s: State, z: torch.Tensor, t: torch.Tensor) -> State:
         """The state after one more denoiser call, at latents z (n, c, h, w) and timesteps t (n,)."""
@@ -314,10 +319,10 @@ class Denoising:
         return (sr + upscale(action_values(action)["consistency"] * (lr - downscale(sr)))).clamp(0, 1)
 
     def steps(self, lr: torch.Tensor, z: torch.Tensor, policy):
-        """Every step of a batch under `policy`: (maps, numbers) -> action (n, 7), until its last image ends.
+        """Every step of a batch under `policy`: (maps, numbers) -> action (n, 7 + 2c), until its last image ends.
 
         LR (n, 3, h, w) in [0, 1], latents of pure noise (n, c, h, w) -> yields, for the k slots that still run: their
-        indices (k,), their State, action (k, 7), the next latents (k, c, h, w), done (k,).
+        indices (k,), their State, action (k, 7 + 2c), the next latents (k, c, h, w), done (k,).
         """
         slots, s = torch.arange(len(lr), device=lr.device), self.begin(lr, z)
         while len(slots):
@@ -374,7 +379,7 @@ class DenoisingEnv:
         return *self.mdp.observe(self.state), (self.truth - self.state.x0).half()
 
     def step(self, action: torch.Tensor):
-        """action (num_envs, 7) -> observation, reward (num_envs,), terminated, truncated, info of the ended episodes.
+        """action (num_envs, 7 + 2c) -> observation, reward (num_envs,), terminated, truncated, info of the ended episodes.
 
         The budget of calls is part of the state, so that running out of it terminates; nothing is truncated.
         """
@@ -432,17 +437,18 @@ class Net(nn.Module):
 
 
 class Agent(nn.Module):
-    """Independent actor and critic (paper: section 2.1, Fig. 2). The untrained mean policy is the plain LDM."""
+    """Independent actor and critic (paper: section 2.1, Fig. 2). The untrained mean policy is `start` (7 + 2c,)."""
 
-    def __init__(self, latent_channels: int, num_actions: int = len(COMPONENTS)):
+    def __init__(self, latent_channels: int, start: torch.Tensor | None = None):
         super().__init__()
-        channels = 3 * latent_channels + 3
-        self.actor = Net(channels, 4, num_actions, std=0.01)
+        channels, start = 3 * latent_channels + 3, action_for(latent_channels) if start is None else start
+        self.actor = Net(channels, 4, len(start), std=0.01)
+        self.actor.head[-1].bias.data.copy_(start)
         self.critic = Net(channels + latent_channels, 4 + latent_channels, 1, std=1.0)
-        self.logstd = nn.Parameter(torch.full((num_actions,), -0.5))
+        self.logstd = nn.Parameter(torch.full((len(start),), -0.5))
 
     def mean(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """The policy without its spread, for evaluation: (n, 7)."""
+        """The policy without its spread, for evaluation: (n, 7 + 2c)."""
         return self.actor(maps, numbers)
 
     def value(self, maps: torch.Tensor, numbers: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
@@ -450,7 +456,7 @@ class Agent(nn.Module):
         return self.critic(torch.cat([maps, error], dim=1), torch.cat([numbers, energy], dim=1)).squeeze(1)
 
     def action_and_value(self, maps, numbers, error, action=None, generator=None):
-        """-> action (n, 7), its log-probability (n,), entropy (n,), value (n,); draws the action where none is given."""
+        """-> action (n, 7 + 2c), its log-probability (n,), entropy (n,), value (n,); draws the action where none is given."""
         policy = torch.distributions.Normal(self.actor(maps, numbers), self.logstd.exp(), validate_args=False)
         if action is None:
             noise = torch.randn(policy.mean.shape, generator=generator).to(policy.mean.device)
@@ -462,10 +468,9 @@ class Agent(nn.Module):
 
 
 def gae(rewards, values, dones, next_value, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) -> advantages (T, n), returns (T, n).
 
-    rewards, values, dones (T, n): dones[t] says that step t ended its episode; next_value (n,): of the state after
-    the last step. -> advantages (T, n), returns = advantages + values (T, n).
+    rewards, values, dones (T, n): dones[t] says that step t ended its episode; next_value (n,): after the last step.
     """
     advantages, running = torch.zeros_like(rewards), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
@@ -510,19 +515,10 @@ def rollout(env: DenoisingEnv, agent: Agent, observation, num_steps: int, genera
     return {k: torch.stack(v) for k, v in zip(names, zip(*steps))}, observation, next_value, infos
 
 
-def average_gradients(agent: Agent) -> None:
-    """The mean of the gradients of all processes, in one message (torchrun)."""
-    gradients = [p.grad for p in agent.parameters()]
-    flat = nn.utils.parameters_to_vector(gradients)
-    dist.all_reduce(flat)
-    nn.utils.vector_to_parameters(flat / dist.get_world_size(), gradients)
-
-
 def update(agent: Agent, optimizer, batch: dict, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """`update_epochs` passes of minibatch PPO over a batch with advantages and returns -> figures for the log."""
-    flat = {k: v.flatten(0, 1) for k, v in batch.items()}  # (T n, ...)
+    logs, flat = [], {k: v.flatten(0, 1) for k, v in batch.items()}  # (T n, ...)
     total, size = len(flat["values"]), args.minibatch_size // (dist.get_world_size() if dist.is_initialized() else 1)
-    logs = []
     for _ in range(args.update_epochs):
         order = torch.randperm(total, generator=generator).to(flat["values"].device)
         for start in range(0, total - size + 1, size):
@@ -532,7 +528,7 @@ def update(agent: Agent, optimizer, batch: dict, args: Args, generator: torch.Ge
             optimizer.zero_grad()
             loss.backward()
             if dist.is_initialized():
-                average_gradients(agent)
+                sr_inputs.average_gradients(agent)
             norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logs.append({**figures, "grad_norm": norm.detach()})
@@ -541,13 +537,6 @@ def update(agent: Agent, optimizer, batch: dict, args: Args, generator: torch.Ge
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-
-PLAIN = torch.zeros(len(COMPONENTS))  # the action of the plain LDM
-
-
-def constant_policy(action: torch.Tensor):
-    """The policy that takes the same action (7,) everywhere."""
-    return lambda maps, numbers: action.to(maps.device).expand(len(maps), -1)
 
 
 def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
@@ -568,15 +557,24 @@ def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, cr
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
-@torch.inference_mode()
-def illustrate(mdp: Denoising, scenes: Scenes, policy, index: int, args: Args) -> tuple[torch.Tensor, tuple]:
-    """One image -> LR | plain LDM | agent | HR side by side, (1, 3, H, 4 W), and the agent's maps at its last call."""
-    hr = scenes.image(index, 4 * mdp.ldm.stride, args.crop)
-    lr = downscale(hr)
-    z = noise_for(mdp.ldm, [index], *lr.shape[-2:], args.seed)
-    plain, steered = (mdp.super_resolve(lr, z, p)[0] for p in (constant_policy(PLAIN), policy))
-    *_, (_, s, action, _, _) = mdp.steps(lr, z, policy)
-    return torch.cat([F.interpolate(lr, scale_factor=4), plain, steered, hr], dim=3), mdp.maps(s, action)
+def search_constant(mdp: Denoising, scenes: Scenes, reward: Reward, crop: int, seed: int, images: int = 32) -> tuple[torch.Tensor, float]:
+    """The best constant action on training images, number by number, in smaller and smaller steps: (7 + 2c,), its reward."""
+    indices = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(seed))[:images].tolist()
+
+    def score(action: torch.Tensor) -> float:
+        return float(evaluate(mdp, scenes, reward, constant_policy(action), indices, crop, seed)["reward"].mean())
+
+    low, high = (action_for(mdp.ldm.latent_channels, **{k: v[end] for k, v in COMPONENTS.items()}) for end in (1, 2))
+    action, best = torch.zeros_like(low), score(torch.zeros_like(low))
+    tries = [(units, i) for units in (2.0, 1.0, 0.5) for i in range(len(action))]
+    for units, i in sr_outputs.progress(tries, "best constant action", lambda: f"reward {best:.4f}"):
+        for step in (units, -units):
+            trial = action.clone()
+            trial[i] = (action + step).clamp(low, high)[i]
+            if (value := score(trial)) > best:
+                action, best = trial, value
+                break
+    return action, best
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -598,20 +596,24 @@ def main(args: Args) -> None:
     # ---- environment, agent, run folder
     mdp, seed = Denoising(ldm, args.base_steps, args.max_calls), args.seed * 1000 + rank
     env = DenoisingEnv(mdp, train, reward, args.num_envs // world, args.crop, seed)  # each process has its own images
-    agent = Agent(ldm.latent_channels).to(device)  # and the same weights, which follow from the seed alone
+    run = Path(args.run_dir or f"runs/{train.slug}__orl_ldm__{args.seed}__{int(time.time())}")
+    # choice: the untrained mean policy is the best constant action, so that PPO learns what differs between images and steps
+    start = sr_inputs.read_constant(run)  # that of a resumed run
+    if start is None and args.start == "constant":
+        start = sr_inputs.keep_constant(run, *search_constant(mdp, train, reward, args.crop, args.seed), action_values)
+    agent = Agent(ldm.latent_channels, start).to(device)  # and the same weights, which follow from the seed alone
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    generators = {k: torch.Generator().manual_seed(seed + n) for k, n in (("policy", 10_000), ("minibatch", 20_000))}
-    generators["env"] = env.generator
+    generators = {"env": env.generator} | {k: torch.Generator().manual_seed(seed + n) for k, n in (("policy", 10_000), ("minibatch", 20_000))}
     sr_inputs.restore(tensors, agent, optimizer, env, State, generators, rank) if args.resume else env.reset()
     observation = env.observe()
-    run = Path(args.run_dir or f"runs/{train.slug}__orl_ldm__{args.seed}__{int(time.time())}")
     per_iteration = args.num_envs * args.num_steps
     iterations, first = args.total_timesteps // per_iteration, state.get("iteration", 0)
     state.update(args=vars(args), ldm=ldm.fingerprint, components=list(COMPONENTS), title=train.title, scenes=train.names)
     if rank == 0:
         log = sr_outputs.Log(run, args, first * per_iteration)
         shown = torch.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().long().tolist()
-        plain = evaluate(mdp, test, reward, constant_policy(PLAIN), shown, args.crop, args.seed)
+        rivals = {"plain": mdp.plain} | ({} if start is None else {"constant": constant_policy(start)})
+        rivals = {k: evaluate(mdp, test, reward, policy, shown, args.crop, args.seed) for k, policy in rivals.items()}
 
     # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
     with sr_inputs.resume_hint(run):
@@ -632,18 +634,16 @@ def main(args: Args) -> None:
                 calls = (batch["numbers"][..., 1] + 2) / 4 * args.max_calls  # as `observe` scales them
                 log.iteration(step, batch, action_values(batch["actions"].flatten(0, 1)), calls, infos, losses, charts, evaluating)
                 if evaluating:
-                    log.evaluation(step, evaluate(mdp, test, reward, agent.mean, shown, args.crop, args.seed), plain)
+                    log.evaluation(step, rivals | {"agent": evaluate(mdp, test, reward, agent.mean, shown, args.crop, args.seed)})
                 if last or iteration + 1 == args.eval_every:  # the start and the end: events stay small
-                    for i in shown[:: max(1, len(shown) // 4)][:4]:
-                        log.images(step, f"{test.names[int(test.scene[i])]}_{i}", *illustrate(mdp, test, agent.mean, i, args), COMPONENTS)
-                log.writer.flush()
+                    for (i,), hr in test.batches(shown[:: max(1, len(shown) // 4)][:4], 4 * ldm.stride, args.crop, 1):
+                        lr, name = downscale(hr), f"{test.names[int(test.scene[i])]}_{i}"
+                        log.images(step, name, hr, lr, noise_for(ldm, [i], *lr.shape[-2:], args.seed), mdp, agent.mean, COMPONENTS)
             state.update(iteration=iteration + 1, step=step)  # after the log: a kill in between repeats, never skips
             sr_inputs.save_run(run, agent, optimizer, env, generators, state, rank)
-    if world > 1:
-        dist.destroy_process_group()
     if rank == 0:
         log.close()
-        sys.exit(sr_inputs.final_table(run, args, len(test.names), device))
+    sys.exit(sr_inputs.final_table(run, args, len(test.names), device))
 
 
 if __name__ == "__main__":

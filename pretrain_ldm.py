@@ -104,9 +104,7 @@ def make_scheduler():
     """Cosine schedule with velocity prediction: the first call, at pure noise, then is the posterior mean."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"
-    )
+    return DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
 
 
 class Crops:
@@ -236,11 +234,11 @@ def report(args: Args, crops: Crops, device: torch.device) -> str:
             "autoencoder": torch.cat([ldm.decode(ldm.encode(part)) for part in hr.split(16)]),
         }.items():
             line(title, what, reward.metrics(sr, hr))
-        consistent = torch.tensor([float(name == "consistency") for name in orl.COMPONENTS])
         for steps in (1, 2, 4, 10, 100):
             mdp = orl.Denoising(ldm, steps, steps)
-            for what, action in {"": orl.PLAIN, " + consistency": consistent}.items():
-                found = orl.evaluate(mdp, test, reward, orl.constant_policy(action), indices, args.crop)
+            for what, values in {"": {}, " + consistency": {"consistency": 1.0}}.items():
+                policy = orl.constant_policy(orl.action_for(LATENT_CHANNELS, **values))
+                found = orl.evaluate(mdp, test, reward, policy, indices, args.crop)
                 line(title, f"plain DDIM, {steps} step(s){what}", found)
     return "\n".join(lines)
 
@@ -268,7 +266,12 @@ def main(args: Args) -> None:
     scheduler = make_scheduler()
     output.mkdir(parents=True, exist_ok=True)
     scheduler.save_config(output / "scheduler")
-    index = {"_class_name": "LDMSuperResolutionPipeline", "vqvae": ["diffusers", "AutoencoderDC"], "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    index = {
+        "_class_name": "LDMSuperResolutionPipeline",
+        "vqvae": ["diffusers", "AutoencoderDC"],
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
     (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     writer = SummaryWriter(f"{output}_log")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
@@ -294,7 +297,17 @@ def main(args: Args) -> None:
             psnr = 10 * torch.log10(4 / error.detach().square().mean())
             return loss, {"psnr": psnr, "lpips": perceptual.detach(), "spread": spread.detach()}
 
-        log["autoencoder"] = train("autoencoder", vae, loss_of_autoencoder, args.minutes_autoencoder, args.lr_autoencoder, args.batch_autoencoder, output / "vqvae", writer, log["autoencoder"])
+        log["autoencoder"] = train(
+            "autoencoder",
+            vae,
+            loss_of_autoencoder,
+            args.minutes_autoencoder,
+            args.lr_autoencoder,
+            args.batch_autoencoder,
+            output / "vqvae",
+            writer,
+            log["autoencoder"],
+        )
         log["stretches"].append({"autoencoder_minutes": args.minutes_autoencoder, "autoencoder_samples": log["autoencoder"]})
         log_file.write_text(json.dumps(log, indent=2) + "\n")
 

@@ -352,6 +352,39 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         stop(f"{path} is damaged ({type(error).__name__}: {reason(error)}); restore it or train again")
 
 
+def keep_constant(run: Path, action: torch.Tensor, reward: float, action_values) -> torch.Tensor:
+    """Writes the best constant action (7 + 2c,) to constant.json in the run folder -> the first process's, for all of them."""
+    if dist.is_initialized():
+        shared = [action]
+        dist.broadcast_object_list(shared)
+        action = shared[0]
+    values = {k: [round(x, 3) for x in v.flatten().tolist()] for k, v in action_values(action[None]).items()}
+    values = {k: v[0] if len(v) == 1 else v for k, v in values.items()}
+    say(f"best constant action: reward {reward:.4f} on training images, kept in {run}/constant.json")
+    if os.environ.get("RANK", "0") == "0":
+        text = json.dumps({"action": action.tolist(), "values": values, "reward_on_training_images": round(reward, 5)}, indent=2)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            write_file(run / "constant.json", lambda part: part.write_text(text + "\n"))
+        except OSError as error:
+            stop(f"{run}: cannot be written ({reason(error)}); name another folder")
+    return action
+
+
+def read_constant(run: Path) -> torch.Tensor | None:
+    """The best constant action (7 + 2c,) that a run folder keeps, or None."""
+    file = run / "constant.json"
+    return torch.tensor(json.loads(file.read_text())["action"]) if file.is_file() else None
+
+
+def average_gradients(agent: nn.Module) -> None:
+    """The mean of the gradients of all processes, in one message (torchrun)."""
+    gradients = [p.grad for p in agent.parameters()]
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat / dist.get_world_size(), gradients)
+
+
 def training_tensors(agent: nn.Module, optimizer, env, generators: dict) -> dict[str, torch.Tensor]:
     """All that a bit-for-bit resume needs; what differs between processes is stacked along a first dimension."""
     own = {f"env.{k}": v for k, v in vars(env.state).items()} | {"env.hr": env.hr, "env.truth": env.truth}
@@ -443,6 +476,8 @@ def set_up(args) -> tuple[int, int, torch.device]:
              f"process(es), a minibatch no larger than an iteration's {per_iteration} steps")  # fmt: skip
     if min(args.base_steps, args.max_calls) < 1:
         stop("--base-steps and --max-calls must be at least 1")
+    if args.start not in ("constant", "plain"):
+        stop(f"--start {args.start}: takes constant or plain")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -479,7 +514,11 @@ def resume_hint(run: Path):
 
 
 def final_table(run: Path, args, scenes: int, device: torch.device) -> int:
-    """Says how to see more and runs eval_sr.py on about `eval_images` of the held-out images -> its exit code."""
+    """Says how to see more and runs eval_sr.py, in the first process, on about `eval_images` of the held-out images -> exit code."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     command = ["eval_sr.py", "--agent", str(run), "--crop", str(args.crop)]
     say(f"curves: tensorboard --logdir {run.parent}\nall held-out images: python {' '.join(command)}")
     command[0] = str(HERE / command[0])

@@ -2,6 +2,7 @@
 (colours that the colour-blind and a grey printer tell apart). Nothing of the method is here.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from tqdm import tqdm
 from sr_inputs import reason, say, stop
 
 # ------------------------------------------------------------------------------------------------ TensorBoard
+
+
+def progress(items, title: str, note):
+    """The items, with a progress bar for the first of several processes; note() -> what it says beside it."""
+    bar = tqdm(items, title, dynamic_ncols=True, leave=False, disable=os.environ.get("RANK", "0") != "0")
+    for item in bar:
+        yield item
+        bar.set_postfix_str(note())
 
 
 class Log:
@@ -37,11 +46,12 @@ class Log:
     def scalars(self, step: int, values: dict) -> None:
         for tag, value in values.items():
             self.writer.add_scalar(tag, float(value), step)
+        self.writer.flush()
 
     def iteration(self, step: int, batch: dict, values: dict, calls: torch.Tensor, infos: list[dict], losses: dict, charts: dict, histograms: bool) -> None:
         """Losses, episodes, the reward's terms, actions by denoiser call, and histograms of these where asked for.
 
-        values: {component: (T n, 1, 1, 1)}; calls (T, n): the denoiser call that each action follows.
+        values: {component: (T n, 1 or c, 1, 1)}; calls (T, n): the denoiser call that each action follows.
         """
         log = {f"charts/{k}": v for k, v in charts.items()} | {f"losses/{k}": v for k, v in losses.items()}
         if infos:
@@ -52,26 +62,32 @@ class Log:
         log |= {"losses/advantage_std": batch["advantages"].std(), "losses/return_std": batch["returns"].std()}
         calls = calls.round().flatten()
         for component, value in values.items():
-            for k in calls.unique().tolist():
-                log[f"policy/{component}_call_{int(k):02d}"] = value.flatten()[calls == k].mean()
+            if value.shape[1] == 1:
+                log |= {f"policy/{component}_call_{int(k):02d}": value.flatten()[calls == k].mean() for k in calls.unique()}
+            else:
+                log |= {f"policy/{component}_{i}": value[:, i].mean() for i in range(value.shape[1])}
             if histograms:
-                self.writer.add_histogram(f"policy/{component}", value, step)
+                self.writer.add_histogram(f"policy/{component}", value, step, bins=50)  # of equal width: TensorBoard's own are coarse near 1
         self.scalars(step, log)
         self.bar.update(step - self.bar.n)
 
-    def evaluation(self, step: int, agent: dict, plain: dict) -> None:
-        """Metrics (n,) of the held-out images, with the agent and by the plain LDM."""
-        for who, found in (("agent", agent), ("plain", plain)):
-            self.scalars(step, {f"eval/{k}_{who}": v.mean() for k, v in found.items()})
-        self.bar.set_description_str(f"PSNR {float((agent['psnr'] - plain['psnr']).mean()):+.2f} dB")
+    def evaluation(self, step: int, found: dict[str, dict]) -> None:
+        """Metrics (n,) of the held-out images by the agent, the plain LDM and the best constant action."""
+        for who, metrics in found.items():
+            self.scalars(step, {f"eval/{k}_{who}": v.mean() for k, v in metrics.items()})
+        self.bar.set_description_str(f"PSNR {float((found['agent']['psnr'] - found['plain']['psnr']).mean()):+.2f} dB")
 
-    def images(self, step: int, name: str, row: torch.Tensor, maps: tuple, components: dict) -> None:
-        """LR | plain LDM | agent | HR (1, 3, H, 4 W), and maps (1, c, h, w), mean over channels, in a fixed colour scale
-        that reads in grey and stands in the tag."""
+    @torch.inference_mode()
+    def images(self, step: int, name: str, hr: torch.Tensor, lr: torch.Tensor, z: torch.Tensor, mdp, policy, components: dict) -> None:
+        """One image: LR | plain LDM | agent | HR, and the agent's maps at its last call, mean over channels, in a fixed colour
+        scale that reads in grey and stands in the tag."""
         from matplotlib import colormaps
 
+        plain, steered = (mdp.super_resolve(lr, z, p)[0] for p in (mdp.plain, policy))
+        row = torch.cat([torch.nn.functional.interpolate(lr, scale_factor=4), plain, steered, hr], dim=3)
+        *_, (_, s, action, _, _) = mdp.steps(lr, z, policy)
         self.writer.add_image(f"LR_plain_agent_HR/{name}", row[0], step)
-        for component, m in zip(("blend", "sharpen"), maps):
+        for component, m in zip(("blend", "sharpen"), mdp.maps(s, action)):
             low, high = components[component][1:3]
             scaled = ((m[0].mean(0) - low) / (high - low)).clamp(0, 1).repeat_interleave(4, 0).repeat_interleave(4, 1)
             tag = f"{component}_map_dark_{low:g}_to_light_{high:g}/{name}"

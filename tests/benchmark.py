@@ -94,7 +94,7 @@ def main(args: Args) -> None:
     draw = torch.Generator().manual_seed(0)
 
     def random_step():
-        env.step(0.6 * torch.randn(n, len(orl.COMPONENTS), generator=draw).to(device))
+        env.step(0.6 * torch.randn(n, 7 + 2 * ldm.latent_channels, generator=draw).to(device))
 
     def agent_step():
         action, *_ = agent.action_and_value(*env.observe(), generator=draw)
@@ -131,7 +131,7 @@ def main(args: Args) -> None:
     small = orl.load_ldm(tiny.name, device)
     small_agent, small_mdp = orl.Agent(small.latent_channels).to(device), orl.Denoising(small, 5, 10)
     lr = (2 * pixels / 255 - 1)[None].to(device)
-    full, plain, ours = orl.Denoising(ldm, 100, 100), orl.constant_policy(orl.PLAIN), []
+    full, plain, ours = orl.Denoising(ldm, 100, 100), mdp.plain, []
     for _ in range(args.pairs):
         by_agent = seconds(lambda: eval_sr.super_resolve_image(mdp, agent.mean, pixels, 128, 16, 0))
         ours.append(seconds(lambda: eval_sr.super_resolve_image(full, plain, pixels, 128, 16, 0)) / by_agent)

@@ -9,7 +9,6 @@ The frontier lists the constant actions of the grid that no other one beats in P
 """
 
 import itertools
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,15 +46,6 @@ GRID = {  # 4 x 3 x 3 x 2 = 72 constant actions, on a schedule of 10 steps and t
 }
 
 
-def constant_action(**values: float) -> torch.Tensor:
-    """Values of the components, the others neutral -> the action (7,)."""
-    action = torch.zeros(len(orl.COMPONENTS))
-    for i, (name, (neutral, _, _, unit)) in enumerate(orl.COMPONENTS.items()):
-        if name in values:
-            action[i] = math.log2(values[name]) if name == "stride" else (values[name] - neutral) / unit
-    return action
-
-
 @torch.inference_mode()
 def best_blend(mdp: orl.Denoising, scenes, reward, indices, args: Args) -> dict[str, torch.Tensor]:
     """Metrics with the oracle's blend in every latent cell and channel."""
@@ -63,10 +53,11 @@ def best_blend(mdp: orl.Denoising, scenes, reward, indices, args: Args) -> dict[
     for part, hr in scenes.batches(indices, 4 * mdp.ldm.stride, args.crop, 16):
         lr, truth = orl.downscale(hr), mdp.ldm.encode(hr)
         z = orl.noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
-        *_, (_, s, _, _, _) = mdp.steps(lr, z, orl.constant_policy(orl.PLAIN))
+        *_, (_, s, _, _, _) = mdp.steps(lr, z, mdp.plain)
+        consistent = orl.action_for(mdp.ldm.latent_channels, consistency=1.0)
         towards = s.mean - s.x0
         blend = ((truth - s.x0) * towards / (towards.square() + 1e-8)).clamp(0, 1)
-        sr = mdp.finish(s.x0 + blend * towards, lr, constant_action(consistency=1.0).to(lr.device).expand(len(lr), -1))
+        sr = mdp.finish(s.x0 + blend * towards, lr, consistent.to(lr.device).expand(len(lr), -1))
         found = reward.metrics(sr, hr)
         parts.append(found | {"reward": reward(found, s.calls)})
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
@@ -80,17 +71,17 @@ def main(args: Args) -> None:
     indices = [i for group in of_scene for i in group[: args.limit or None]]
     reward = orl.Reward(Metrics(load_lpips(), device))
 
-    def score(action: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-        mdp = orl.Denoising(ldm, steps, steps)
-        return orl.evaluate(mdp, scenes, reward, orl.constant_policy(action), indices, args.crop, args.seed)
+    def score(steps: int, **values: float) -> dict[str, torch.Tensor]:
+        policy = orl.constant_policy(orl.action_for(ldm.latent_channels, **values))
+        return orl.evaluate(orl.Denoising(ldm, steps, steps), scenes, reward, policy, indices, args.crop, args.seed)
 
     def line(what: str, found: dict) -> str:
         m = {k: float(v.mean()) for k, v in found.items()}
         return f"| {what} | {m['psnr']:.3f} | {m['ssim']:.4f} | {m['lpips']:.4f} | {m['reward']:.4f} |"
 
-    plain = score(orl.PLAIN, 100)
+    plain = score(100)
     grid = [dict(zip(GRID, values)) for values in itertools.product(*GRID.values())]
-    tried = [score(constant_action(**values, consistency=1.0), 10) for values in grid]
+    tried = [score(10, **values, consistency=1.0) for values in grid]
     rewards = torch.stack([found["reward"] for found in tried])  # (grid, images)
     best, own = int(rewards.mean(1).argmax()), rewards.argmax(0)
     per_image = {k: torch.stack([found[k] for found in tried]).gather(0, own[None])[0] for k in tried[0]}

@@ -276,7 +276,7 @@ def tool(tmp_path_factory):
 @pytest.mark.parametrize("size", [(97, 61), (128, 127), (31, 200), (1, 1), (5, 300)])
 def test_the_result_is_exactly_four_times_as_large(tool, size):
     pixels = torch.randint(0, 255, (3, *size), dtype=torch.uint8)
-    sr = eval_sr.super_resolve_image(tool, orl.constant_policy(orl.PLAIN), pixels, tile=64, batch_size=4, seed=0)
+    sr = eval_sr.super_resolve_image(tool, tool.plain, pixels, tile=64, batch_size=4, seed=0)
     assert sr.shape == (3, 4 * size[0], 4 * size[1]) and sr.dtype == torch.uint8
 
 

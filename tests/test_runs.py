@@ -19,7 +19,7 @@ import ppo_ldm_sr as orl
 import pretrain_ldm
 import sr_inputs
 
-SMALL = ["--num-envs", "4", "--num-steps", "25", "--crop", "64", "--eval-images", "2", "--max-calls", "4", "--base-steps", "4"]
+SMALL = ["--num-envs", "4", "--num-steps", "25", "--crop", "64", "--eval-images", "2", "--max-calls", "4", "--base-steps", "4", "--start", "plain"]
 
 
 def run(*command, code=0, timeout=280, **environment):
@@ -96,6 +96,16 @@ orl.main(sr_inputs.parse_args(orl.Args, ""))
 def train_with(action, folder, *flags, code=0):
     """A run that does `action` after its first checkpoint, and makes no table."""
     return run("-c", PATCHED.replace("ACTION", action), "--run-dir", folder, "--total-timesteps", 200, *SMALL, *flags, code=code)
+
+
+def test_a_run_starts_at_the_best_constant_action_and_keeps_it(tmp_path, ldm_folder):
+    folder = tmp_path / "run"
+    said = run("-c", PATCHED.replace("ACTION", "pass"), "--run-dir", folder, "--total-timesteps", 100, *SMALL[:-2], "--learning-rate", 0,
+               "--ldm", ldm_folder, "--dataset", "runs/scenes")  # fmt: skip
+    kept = json.loads((folder / "constant.json").read_text())
+    assert f"best constant action: reward {kept['reward_on_training_images']:.4f}" in said
+    tensors, _ = sr_inputs.load_tensors(folder / "agent.safetensors")
+    assert tensors["actor.head.4.bias"].tolist() == kept["action"] and any(kept["action"])
 
 
 def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(trained, tmp_path, ldm_folder):
@@ -252,7 +262,7 @@ def test_the_readme_explains_every_logged_metric(trained):
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     for tag in events.Tags()["scalars"]:
         group, name = tag.split("/")
-        plain = re.sub(r"_(agent|plain|constant)$|_call_\d+$", "", name)
+        plain = re.sub(r"_(agent|plain|constant)$|_call_\d+$|_\d+$", "", name)
         row = [r for r in rows if r.startswith(f"| `{group}/") and (plain in r or "{component}" in r and plain in orl.COMPONENTS)]
         assert row, f"README.md explains no {tag}"
 
