@@ -69,7 +69,7 @@ class EnvironmentArgs:
 class PPOArgs:
     """PPO; where Table 1 of the paper gives a value, it is the default."""
 
-    total_timesteps: int | None = None  # environment steps = denoiser calls (None: Table 1's 1,000,000 on CUDA, on a CPU 60,000, about 12 minutes)
+    total_timesteps: int | None = None  # environment steps = denoiser calls (None: Table 1's 1,000,000 on CUDA, on a CPU 60,000, about 15 minutes)
     learning_rate: float = 3e-4  # learning rate of Adam (Table 1: 3e-4), annealed to zero
     num_envs: int = 20  # images denoised in lockstep, over all processes
     num_steps: int = 50  # steps of each slot per iteration; 20 x 50 = 1000 steps (Table 1: 1000 steps per epoch)

@@ -466,7 +466,7 @@ def set_up(args) -> tuple[int, int, torch.device]:
     if args.total_timesteps is None:
         args.total_timesteps = 1_000_000 if device.type == "cuda" else 60_000
         if device.type == "cpu":
-            say("training: 60,000 steps, about 12 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
+            say("training: 60,000 steps, about 15 minutes on 2 cores; the paper's 1,000,000 with --total-timesteps 1000000")
     if args.run_dir and not args.resume and rank == 0 and Path(args.run_dir).exists() and any(Path(args.run_dir).iterdir()):
         stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume {args.run_dir} or name another")
     if args.total_timesteps < per_iteration:
