@@ -62,7 +62,7 @@ class EnvironmentArgs:
     max_calls: int = 10  # denoiser calls an image may cost; the last one jumps to the clean latent
     eval_images: int = 32  # held-out images of the table and the curves; 0: all (eval_sr.py makes the full table)
     eval_every: int = 10  # iterations between two evaluations of the agent
-    start: str = "constant"  # where the untrained mean policy is: constant (the best constant action, searched first) or plain (the plain LDM)
+    initial_policy: str = "constant"  # where the untrained mean policy is: constant (the best constant action, searched first) or plain (the plain LDM)
 
 
 @dataclass
@@ -599,7 +599,7 @@ def main(args: Args) -> None:
     run = Path(args.run_dir or f"runs/{train.slug}__orl_ldm__{args.seed}__{int(time.time())}")
     # choice: the untrained mean policy is the best constant action, so that PPO learns what differs between images and steps
     start = sr_inputs.read_constant(run)  # that of a resumed run
-    if start is None and args.start == "constant":
+    if start is None and args.initial_policy == "constant":
         start = sr_inputs.keep_constant(run, *search_constant(mdp, train, reward, args.crop, args.seed), action_values)
     agent = Agent(ldm.latent_channels, start).to(device)  # and the same weights, which follow from the seed alone
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)

@@ -476,8 +476,8 @@ def set_up(args) -> tuple[int, int, torch.device]:
              f"process(es), a minibatch no larger than an iteration's {per_iteration} steps")  # fmt: skip
     if min(args.base_steps, args.max_calls) < 1:
         stop("--base-steps and --max-calls must be at least 1")
-    if args.start not in ("constant", "plain"):
-        stop(f"--start {args.start}: takes constant or plain")
+    if args.initial_policy not in ("constant", "plain"):
+        stop(f"--initial-policy {args.initial_policy}: takes constant or plain")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

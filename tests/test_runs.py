@@ -19,7 +19,7 @@ import ppo_ldm_sr as orl
 import pretrain_ldm
 import sr_inputs
 
-SMALL = ["--num-envs", "4", "--num-steps", "25", "--crop", "64", "--eval-images", "2", "--max-calls", "4", "--base-steps", "4", "--start", "plain"]
+SMALL = ["--num-envs", "4", "--num-steps", "25", "--crop", "64", "--eval-images", "2", "--max-calls", "4", "--base-steps", "4", "--initial-policy", "plain"]
 
 
 def run(*command, code=0, timeout=280, **environment):
