@@ -191,7 +191,7 @@ def test_two_processes_keep_equal_weights_on_different_images(tmp_path, ldm_fold
         "    return out\n"
         "orl.update = checked\n"
         "sr_inputs.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table\n"
-        "orl.main(sr_inputs.parse_args(orl.Args, ""))\n"
+        "orl.main(sr_inputs.parse_args(orl.Args, 'two processes'))\n"
     )
     folder = tmp_path / "two"
     said = run("-m", "torch.distributed.run", "--nproc_per_node=2", script, "--ldm", ldm_folder, "--dataset", "runs/scenes",
