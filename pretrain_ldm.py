@@ -8,7 +8,6 @@ A second call with --resume goes on from the weights in --output for as many min
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 
 import ppo_ldm_sr as orl
 from ppo_ldm_sr import downscale
-from sr_inputs import Scenes, has_bf16, load_scenes, parse_args, pick_device, say, stop
+from sr_inputs import Scenes, has_bf16, load_scenes, parse_args, pick_device, say, stop, write_file
 from sr_metrics import Metrics, load_lpips
 
 
@@ -147,14 +146,13 @@ class Average:
 
 
 def save_part(weights: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> None:
-    """Writes config.json and fp16 safetensors under a temporary name first, so that a kill leaves the old file."""
+    """Writes config.json and fp16 safetensors."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     model.save_config(folder)
-    file = folder / "diffusion_pytorch_model.safetensors"
-    save_file({k: v.half().contiguous() for k, v in weights.items()}, file.with_suffix(".part"), metadata={"format": "pt"})
-    os.replace(file.with_suffix(".part"), file)
+    half = {k: v.half().contiguous() for k, v in weights.items()}
+    write_file(folder / "diffusion_pytorch_model.safetensors", lambda part: save_file(half, part, metadata={"format": "pt"}))
 
 
 def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch: int, folder: Path, writer, start: int) -> int:
@@ -257,7 +255,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed + log["autoencoder"] + log["unet"])  # a later stretch draws other noise
     if args.resume and (output / "vqvae").is_dir():
         vae = AutoencoderDC.from_pretrained(output / "vqvae", torch_dtype=torch.float32)
-    elif (output / "vqvae").is_dir() and not args.resume:
+    elif (output / "vqvae").is_dir():
         stop(f"{output} holds a model; go on with --resume or name another --output")
     else:
         vae = make_autoencoder()
@@ -276,6 +274,11 @@ def main(args: Args) -> None:
     writer = SummaryWriter(f"{output}_log")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     compiled = torch.compile if args.compile else (lambda module: module)
+
+    def stretch(part: str, model: nn.Module, folder: str, loss_of, minutes: float, lr: float, batch: int) -> None:
+        log[part] = train(part, model, loss_of, minutes, lr, batch, output / folder, writer, log[part])
+        log["stretches"].append({f"{part}_minutes": minutes, f"{part}_samples": log[part]})
+        log_file.write_text(json.dumps(log, indent=2) + "\n")
 
     if args.minutes_autoencoder > 0:
         lpips = load_lpips(args.lpips_weights)
@@ -297,23 +300,10 @@ def main(args: Args) -> None:
             psnr = 10 * torch.log10(4 / error.detach().square().mean())
             return loss, {"psnr": psnr, "lpips": perceptual.detach(), "spread": spread.detach()}
 
-        log["autoencoder"] = train(
-            "autoencoder",
-            vae,
-            loss_of_autoencoder,
-            args.minutes_autoencoder,
-            args.lr_autoencoder,
-            args.batch_autoencoder,
-            output / "vqvae",
-            writer,
-            log["autoencoder"],
-        )
-        log["stretches"].append({"autoencoder_minutes": args.minutes_autoencoder, "autoencoder_samples": log["autoencoder"]})
-        log_file.write_text(json.dumps(log, indent=2) + "\n")
+        stretch("autoencoder", vae, "vqvae", loss_of_autoencoder, args.minutes_autoencoder, args.lr_autoencoder, args.batch_autoencoder)
 
     if args.minutes_unet > 0:
         vae.requires_grad_(False)
-        alphas = scheduler.alphas_cumprod.to(device)
         denoise = compiled(unet)
 
         @torch.no_grad()
@@ -336,16 +326,13 @@ def main(args: Args) -> None:
             latents, lr = (part[pick].float() for part in pool)
             t = torch.randint(scheduler.config.num_train_timesteps, (args.batch_unet,), device=device)
             noise = torch.randn_like(latents)
-            alpha = alphas[t].view(-1, 1, 1, 1)
-            noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-            velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents  # v-prediction: arXiv 2202.00512, eq. 12
+            noisy = scheduler.add_noise(latents, noise, t)
+            velocity = scheduler.get_velocity(latents, noise, t)  # v-prediction: arXiv 2202.00512, eq. 12
             with autocast:
                 output = denoise(torch.cat([noisy, lr], 1).contiguous(memory_format=torch.channels_last), t, return_dict=False)[0]
             return F.mse_loss(output.float(), velocity), {}
 
-        log["unet"] = train("unet", unet, loss_of_unet, args.minutes_unet, args.lr_unet, args.batch_unet, output / "unet", writer, log["unet"])
-        log["stretches"].append({"unet_minutes": args.minutes_unet, "unet_samples": log["unet"]})
-        log_file.write_text(json.dumps(log, indent=2) + "\n")
+        stretch("unet", unet, "unet", loss_of_unet, args.minutes_unet, args.lr_unet, args.batch_unet)
     writer.close()
     table = report(args, crops, device)
     (output / "figures.md").write_text(f"After {log['autoencoder']} crops (autoencoder) and {log['unet']} crops (U-Net):\n\n{table}\n")
