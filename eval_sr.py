@@ -237,13 +237,16 @@ def pictures(folder: Path, mdp: Denoising, scenes: Scenes, agent, rows, decision
         z = noise_for(mdp.ldm, [i], *lr.shape[-2:], args.seed)
         panels = {"LR": (F.interpolate(lr, scale_factor=4), "")}
         full = Denoising(mdp.ldm, 100, 100)
-        for label, method, how, policy in (("without RL", "ldm", full, full.plain), ("with RL", "agent", mdp, agent.mean)):
+        trajectory = list(mdp.steps(lr, z, agent.mean))
+        *_, (_, _, action, last, _) = trajectory
+        sr = {"ldm": full.super_resolve(lr, z, full.plain)[0], "agent": mdp.finish(last, lr, action)}
+        for label, method in (("without RL", "ldm"), ("with RL", "agent")):
             m = next(r for r in rows if r["method"] == method and r["index"] == i)
             caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
-            panels[label] = (how.super_resolve(lr, z, policy)[0], caption)
+            panels[label] = (sr[method], caption)
         compared.append({"scene": name, "panels": panels | {"HR": (hr, "")}})
         steps = []
-        for _, s, action, _, _ in mdp.steps(lr, z, agent.mean):
+        for _, s, action, _, _ in trajectory:
             maps = {"deviation": orl.deviation(s.x0, s.mean)} | dict(zip(("blend", "sharpen"), mdp.maps(s, action)))
             maps = {k: v.mean(1, keepdim=True) for k, v in maps.items()}
             values = {k: float(v.mean()) for k, v in orl.action_values(action).items()}

@@ -83,9 +83,9 @@ class Log:
         scale that reads in grey and stands in the tag."""
         from matplotlib import colormaps
 
-        plain, steered = (mdp.super_resolve(lr, z, p)[0] for p in (mdp.plain, policy))
-        row = torch.cat([torch.nn.functional.interpolate(lr, scale_factor=4), plain, steered, hr], dim=3)
-        *_, (_, s, action, _, _) = mdp.steps(lr, z, policy)
+        plain = mdp.super_resolve(lr, z, mdp.plain)[0]
+        *_, (_, s, action, last, _) = mdp.steps(lr, z, policy)
+        row = torch.cat([torch.nn.functional.interpolate(lr, scale_factor=4), plain, mdp.finish(last, lr, action), hr], dim=3)
         self.writer.add_image(f"LR_plain_agent_HR/{name}", row[0], step)
         for component, m in zip(("blend", "sharpen"), mdp.maps(s, action)):
             low, high = components[component][1:3]
