@@ -1,5 +1,6 @@
-"""Trains the small latent diffusion model that `ppo_ldm_sr.py` steers: an autoencoder, then a U-Net that denoises
-latents beside the LR image. Writes diffusers' folder layout (`unet/`, `vqvae/`, `scheduler/`) in fp16 safetensors.
+"""Trains the small latent diffusion model that `ppo_ldm_sr.py` steers: an autoencoder, a U-Net that denoises latents
+beside the LR image, and once more the decoder, on the U-Net's own latents, so that it prints no grid on them. Writes
+diffusers' folder layout (`unet/`, `vqvae/`, `scheduler/`) in fp16 safetensors.
 
     python pretrain_ldm.py --dataset data/wide256 data/paper8 runs/scenes --minutes-autoencoder 30 --minutes-unet 60
 
@@ -11,54 +12,49 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
+from diffusers import AutoencoderDC, DDIMScheduler, UNet2DModel
+from safetensors.torch import save
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 import ppo_ldm_sr as orl
-from ppo_ldm_sr import downscale
-from sr_inputs import Scenes, has_bf16, load_scenes, parse_args, pick_device, say, stop, write_file
-from sr_metrics import Metrics, load_lpips
+from eval_sr import judge, mean_cell
+from ppo_ldm_sr import downscale, say, stop
 
 
 @dataclass
-class RunArgs:
-    """The run: images, folder, device."""
-
-    dataset: tuple[str, ...] = ("runs/scenes",)  # image folders split/scene/*.jpg or Hub names; every scene of their train splits is used
+class Args:
+    # the run
+    dataset: tuple[str, ...] = ("runs/scenes",)  # image folders or Hub names; every scene of their train splits is used
     small_share: float = 0.05  # share of crops drawn from datasets after the first two (the synthetic scenes)
+    smooth_share: float = 0.08  # share of crops of smooth ground: a colour, a gradient, a slow wave
     output: str = "runs/ldm_x4"  # folder to write, in diffusers' layout
     resume: bool = False  # go on from the weights in --output
     lpips_weights: str | None = None  # file of torchvision's AlexNet where it is neither cached nor downloadable
     report_images: int = 48  # test images of each dataset for the figures at the end
-    compile: bool = False  # torch.compile the training steps (on a CPU about 1.3 times as fast after a minute of compiling)
-    device: str = "auto"  # auto, cpu or cuda
+    compile: bool = False  # torch.compile the training steps (on a CPU about 1.3 times as fast, after a minute)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     seed: int = 42  # seed of weights, crops and noise
-
-
-@dataclass
-class AutoencoderArgs:
-    """The autoencoder, trained on 64 px crops."""
-
+    # the autoencoder, trained on 64 px crops
     minutes_autoencoder: float = 30.0  # minutes to train it (0: keep it as it is)
     batch_autoencoder: int = 16  # crops of a step
     lr_autoencoder: float = 2e-3  # learning rate of AdamW
-
-
-@dataclass
-class UNetArgs:
-    """The U-Net, trained with the autoencoder frozen."""
-
+    # the U-Net, trained with the autoencoder frozen
     minutes_unet: float = 60.0  # minutes to train it (0: keep it as it is)
     batch_unet: int = 32  # crops of a step
     lr_unet: float = 6e-4  # learning rate of AdamW
     crop: int = 128  # px of a crop
-
-
-@dataclass
-class Args(UNetArgs, AutoencoderArgs, RunArgs):
-    """All settings, flat: args.seed."""
+    # the decoder alone, on the U-Net's own clean latents beside the encoder's
+    minutes_decoder: float = 20.0  # minutes to train it (0: keep it as it is)
+    batch_decoder: int = 16  # 96 px crops of a step, half of them from the U-Net
+    lr_decoder: float = 4e-4  # learning rate of AdamW
+    grid_coef: float = 1.5  # weight of the penalty on the mean 4 x 4 px cell
 
 
 LATENT_CHANNELS = 8
@@ -66,8 +62,6 @@ LATENT_CHANNELS = 8
 
 def make_autoencoder() -> nn.Module:
     """4x autoencoder of convolutional blocks with pixel-unshuffle shortcuts (arXiv 2410.10733), 1.7 M parameters."""
-    from diffusers import AutoencoderDC
-
     return AutoencoderDC(
         latent_channels=LATENT_CHANNELS,
         encoder_block_types="ResBlock",
@@ -86,8 +80,6 @@ def make_autoencoder() -> nn.Module:
 
 def make_unet() -> nn.Module:
     """U-Net on latents and LR image (concatenated, as in CompVis' model), 5 M parameters."""
-    from diffusers import UNet2DModel
-
     return UNet2DModel(
         sample_size=32,
         in_channels=LATENT_CHANNELS + 3,
@@ -101,33 +93,45 @@ def make_unet() -> nn.Module:
 
 def make_scheduler():
     """Cosine schedule with velocity prediction: the first call, at pure noise, then is the posterior mean."""
-    from diffusers import DDIMScheduler
+    kind = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
+    return DDIMScheduler(**kind, timestep_spacing="trailing")
 
-    return DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
+
+def smooth(n: int, size: int) -> torch.Tensor:
+    """Calm water, snow, sand: a colour, a gradient and a slow wave, in 8-bit steps, (n, 3, size, size) in [0, 1]."""
+    u = torch.rand(12, n, 1, 1, 1)
+    ramp = torch.arange(size) - size / 2
+    y, x = ramp.view(1, 1, size, 1), ramp.view(1, 1, 1, size)
+    colour = 1.1 * u[0] - 0.05 + 0.3 * u[1] * (torch.rand(n, 3, 1, 1) - 0.5)
+    tint = 0.5 + torch.rand(n, 3, 1, 1)
+    angle, slope = 2 * math.pi * u[2], 0.003 * u[3] ** 3 * (u[4] < 0.7)
+    gradient = slope * (x * angle.cos() + y * angle.sin())
+    angle, length, height = 2 * math.pi * u[5], 40 * 16 ** u[6], 0.2 * u[7] ** 2 * (u[8] < 0.5)
+    wave = height * (2 * math.pi * ((x * angle.cos() + y * angle.sin()) / length + u[9])).sin()
+    return ((colour + tint * (gradient + wave)).clamp(0, 1) * 255).round() / 255
 
 
 class Crops:
     """Random training crops of several datasets: the first two by their number of images, the rest a small share."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.sets: list[Scenes] = [load_scenes(name, "train", min_side=args.crop).to(device) for name in args.dataset]
-        weight = [float(len(scenes)) for scenes in self.sets]
+        self.sets = [orl.load_images(name, "train", (), args.crop, device) for name in args.dataset]
+        weight = [float(len(images.files)) for images in self.sets]
         small = sum(weight[2:])
         if small:
-            weight = weight[:2] + [w / small * args.small_share / (1 - args.small_share) * sum(weight[:2]) for w in weight[2:]]
-        self.weight = torch.tensor(weight)
-        self.generator = torch.Generator().manual_seed(args.seed if not args.resume else int(time.time()))
+            share = args.small_share / (1 - args.small_share) * sum(weight[:2])
+            weight = weight[:2] + [w / small * share for w in weight[2:]]
+        self.weight, self.smooth_share, self.device = torch.tensor(weight), args.smooth_share, device
 
     def __call__(self, n: int, size: int) -> torch.Tensor:
         """(n, 3, size, size) in [0, 1]."""
-        which = torch.multinomial(self.weight, n, replacement=True, generator=self.generator)
-        batch = []
-        for i, scenes in enumerate(self.sets):
-            count = int((which == i).sum())
-            if count:
-                index = torch.randint(len(scenes), (count,), generator=self.generator).to(scenes.pixels.device)
-                batch.append(scenes.crops(index, size, self.generator))
-        return torch.cat(batch).contiguous(memory_format=torch.channels_last)
+        calm = int((torch.rand(n) < self.smooth_share).sum())
+        which = torch.multinomial(self.weight, max(1, n - calm), replacement=True)
+        batch = [smooth(calm, size).to(self.device)] if calm else []
+        for i, images in enumerate(self.sets):
+            if count := int((which == i).sum()):
+                batch.append(images.crops(count, size))
+        return torch.cat(batch)[:n].contiguous(memory_format=torch.channels_last)
 
 
 class Average:
@@ -146,16 +150,16 @@ class Average:
 
 
 def save_part(weights: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> None:
-    """Writes config.json and fp16 safetensors."""
-    from safetensors.torch import save_file
-
+    """Writes config.json and fp16 safetensors; a kill leaves the old file."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_config(folder)
     half = {k: v.half().contiguous() for k, v in weights.items()}
-    write_file(folder / "diffusion_pytorch_model.safetensors", lambda part: save_file(half, part, metadata={"format": "pt"}))
+    part = folder / "weights.part"
+    part.write_bytes(save(half, {"format": "pt"}))
+    part.replace(folder / "diffusion_pytorch_model.safetensors")
 
 
-def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch: int, folder: Path, writer, start: int) -> int:
+def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch: int, folder: Path, writer, start):
     """AdamW with warm-up, constant rate and a cosine end, for `minutes`; saves every five minutes.
 
     Args:
@@ -164,35 +168,36 @@ def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch
     Returns:
         samples seen after it; the model then holds the averaged weights
     """
-    from tqdm import tqdm
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
     average = Average(model)
     began = saved = time.time()
-    seconds, seen, step, smooth = minutes * 60, start, 0, None
-    bar = tqdm(total=round(seconds), desc=name, unit="s", mininterval=5, bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}")
+    seconds, seen, step, smoothed = minutes * 60, start, 0, None
+    shape = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
+    bar = tqdm(total=round(seconds), desc=name, unit="s", mininterval=5, bar_format=shape)
     while time.time() - began < seconds:
         progress = (time.time() - began) / seconds
-        rate = lr * min(1, (step + 1) / 200) * (1 if progress < 0.5 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 0.5) / 0.5)))
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 0.5) / 0.5))
+        rate = lr * min(1, (step + 1) / 200) * (1 if progress < 0.5 else cosine)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss, figures = loss_of()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         average.update(model)
         step, seen = step + 1, seen + batch
         if step % 50 == 0:
             value = loss.item()
             if not math.isfinite(value):
-                stop(f"the {name}'s loss is {value} after {seen} samples; lower its learning rate and go on with --resume")
-            smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
-            for key, figure in {"loss": smooth, "learning_rate": rate, **figures}.items():
+                stop(f"the {name}'s loss is {value} after {seen} samples; lower its learning rate, go on with --resume")
+            smoothed = value if smoothed is None else 0.9 * smoothed + 0.1 * value
+            for key, figure in {"loss": smoothed, "learning_rate": rate, **figures}.items():
                 writer.add_scalar(f"{name}/{key}", float(figure), seen)
             now = time.time()
             bar.n = min(round(now - began), round(seconds))
-            bar.set_postfix_str(f"loss {smooth:.4f}, {seen} samples, {(seen - start) / (now - began):.0f}/s")
+            bar.set_postfix_str(f"loss {smoothed:.4f}, {seen} samples, {(seen - start) / (now - began):.0f}/s")
         if time.time() - saved > 300:
             saved = time.time()
             save_part(average.weights, model, folder)
@@ -214,53 +219,54 @@ def pca_yardstick(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def report(args: Args, crops: Crops, device: torch.device) -> str:
     """Test-set figures of the model in --output: reconstruction, and plain DDIM at several numbers of steps."""
-    ldm, reward = orl.load_ldm(args.output, device), orl.Reward(Metrics(load_lpips(args.lpips_weights), device))
+    ldm, reward = orl.load_ldm(args.output, device), orl.Reward(orl.load_lpips(args.lpips_weights), device)
     train = crops(512, args.crop)
-    lines = ["| images | what | PSNR (dB) | SSIM | LPIPS |", "|---|---|---|---|---|"]
+    lines = ["| images | what | PSNR (dB) | SSIM | LPIPS | VIF | grid |", "|---|---|---|---|---|---|---|"]
 
-    def line(title: str, what: str, found: dict) -> None:
-        lines.append(f"| {title} | {what} | {found['psnr'].mean():.2f} | {found['ssim'].mean():.3f} | {found['lpips'].mean():.3f} |")
+    def line(title: str, what: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
+        parts = [judge(reward, a, b, torch.zeros(len(a), device=device)) for a, b in zip(sr.split(16), hr.split(16))]
+        found = {k: torch.cat([p[k] for p in parts]).mean() for k in ("psnr", "ssim", "lpips", "vif", "grid")}
+        cells = [f"{v:.{digits}f}" for v, digits in zip(found.values(), (2, 3, 3, 3, 1))]
+        lines.append(f"| {title} | {what} | " + " | ".join(cells) + " |")
 
     for name in args.dataset:
-        test = load_scenes(name, "test", min_side=args.crop).to(device)
-        indices = range(0, len(test), -(-len(test) // args.report_images))
-        hr = torch.cat([test.image(i, crop=args.crop) for i in indices])
+        test = orl.load_images(name, "test", (), args.crop, device)
+        indices = range(0, len(test.files), -(-len(test.files) // args.report_images))
+        hr = torch.stack([test.centre(i, 4 * ldm.stride, args.crop) for i in indices])
+        lr = downscale(hr)
+        z = orl.noise_for(ldm, indices, *lr.shape[-2:], 0)
         title = f"{test.title}, {len(indices)} test images, centre {args.crop} px"
-        for what, sr in {
-            "bicubic": orl.upscale(downscale(hr)),
-            f"PCA of 4 x 4 patches, {LATENT_CHANNELS} channels": pca_yardstick(train, hr),
-            "autoencoder": torch.cat([ldm.decode(ldm.encode(part)) for part in hr.split(16)]),
-        }.items():
-            line(title, what, reward.metrics(sr, hr))
+        line(title, "HR itself", hr, hr)
+        line(title, "bicubic", orl.upscale(lr).clamp(0, 1), hr)
+        line(title, f"PCA of 4 x 4 patches, {LATENT_CHANNELS} channels", pca_yardstick(train, hr), hr)
+        line(title, "autoencoder", torch.cat([ldm.decode(ldm.encode(part)) for part in hr.split(16)]), hr)
         for steps in (1, 2, 4, 10, 100):
             mdp = orl.Denoising(ldm, steps, steps)
-            for what, values in {"": {}, " + consistency": {"consistency": 1.0}}.items():
-                policy = orl.constant_policy(orl.action_for(LATENT_CHANNELS, **values))
-                found = orl.evaluate(mdp, test, reward, policy, indices, args.crop)
-                line(title, f"plain DDIM, {steps} step(s){what}", found)
+            for what, consistent in (("", False), (" + consistency", True)):
+                parts = zip(lr.split(16), z.split(16))
+                sr = torch.cat([mdp.super_resolve(*part, consistent=consistent)[0] for part in parts])
+                line(title, f"plain DDIM, {steps} step(s){what}", sr, hr)
     return "\n".join(lines)
 
 
 def main(args: Args) -> None:
-    from diffusers import AutoencoderDC, UNet2DModel
-    from torch.utils.tensorboard import SummaryWriter
-
-    device = pick_device(args.device)
-    amp = has_bf16(device)
-    output = Path(args.output)
+    device = orl.pick_device(args.device)
+    amp, output = orl.has_bf16(device), Path(args.output)
     say(f"device: {device.type}, {'bf16 autocast' if amp else 'fp32'}")
-    crops = Crops(args, device)
     log_file = output / "training.json"
-    log = json.loads(log_file.read_text()) if args.resume and log_file.is_file() else {"stretches": [], "autoencoder": 0, "unet": 0}
-    torch.manual_seed(args.seed + log["autoencoder"] + log["unet"])  # a later stretch draws other noise
-    if args.resume and (output / "vqvae").is_dir():
-        vae = AutoencoderDC.from_pretrained(output / "vqvae", torch_dtype=torch.float32)
-    elif (output / "vqvae").is_dir():
+    log = {"stretches": [], "autoencoder": 0, "unet": 0, "decoder": 0}
+    log |= json.loads(log_file.read_text()) if args.resume and log_file.is_file() else {}
+    if (output / "vqvae").is_dir() and not args.resume:
         stop(f"{output} holds a model; go on with --resume or name another --output")
-    else:
-        vae = make_autoencoder()
-    unet = UNet2DModel.from_pretrained(output / "unet", torch_dtype=torch.float32) if args.resume and (output / "unet").is_dir() else make_unet()
-    vae, unet = (m.to(device, memory_format=torch.channels_last) for m in (vae, unet))
+    crops = Crops(args, device)
+    torch.manual_seed(args.seed + log["autoencoder"] + log["unet"] + log["decoder"])  # a later stretch draws anew
+
+    def model_of(folder: Path, kind, make) -> nn.Module:
+        model = kind.from_pretrained(folder, torch_dtype=torch.float32) if folder.is_dir() else make()
+        return model.to(device, memory_format=torch.channels_last)
+
+    vae = model_of(output / "vqvae", AutoencoderDC, make_autoencoder)
+    unet = model_of(output / "unet", UNet2DModel, make_unet)
     scheduler = make_scheduler()
     output.mkdir(parents=True, exist_ok=True)
     scheduler.save_config(output / "scheduler")
@@ -274,44 +280,51 @@ def main(args: Args) -> None:
     writer = SummaryWriter(f"{output}_log")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     compiled = torch.compile if args.compile else (lambda module: module)
+    lpips = orl.load_lpips(args.lpips_weights) if args.minutes_autoencoder + args.minutes_decoder > 0 else None
+    lpips = lpips and lpips.to(device, memory_format=torch.channels_last)
 
-    def stretch(part: str, model: nn.Module, folder: str, loss_of, minutes: float, lr: float, batch: int) -> None:
+    def encode(image: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), autocast:
+            return vae.encode(image * 2 - 1, return_dict=False)[0].float()
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """LPIPS of [-1, 1] images (n, 3, H, W), shifted by 0 to 3 px: AlexNet's stride is 4, as the cells' side."""
+        dy, dx = torch.randint(4, (2,)).tolist()
+        parts = (x[..., dy : x.shape[2] - 4 + dy, dx : x.shape[3] - 4 + dx] for x in (a, b))
+        return lpips(*parts).mean().float() if lpips else a.new_zeros(())
+
+    def stretch(part: str, model: nn.Module, folder: str, loss_of) -> None:
+        minutes, lr, batch = (getattr(args, f"{k}_{part}") for k in ("minutes", "lr", "batch"))
         log[part] = train(part, model, loss_of, minutes, lr, batch, output / folder, writer, log[part])
         log["stretches"].append({f"{part}_minutes": minutes, f"{part}_samples": log[part]})
         log_file.write_text(json.dumps(log, indent=2) + "\n")
 
     if args.minutes_autoencoder > 0:
-        lpips = load_lpips(args.lpips_weights)
-        autoencode = compiled(vae.decode)
-        encode = compiled(vae.encode)
-        lpips = lpips and lpips.to(device, memory_format=torch.channels_last)
+        encoder, decoder = compiled(vae.encode), compiled(vae.decode)
 
         def loss_of_autoencoder():
             image = crops(args.batch_autoencoder, 64) * 2 - 1
             with autocast:
-                latents = encode(image, return_dict=False)[0]
-                noisy = latents + 0.02 * torch.randn_like(latents)
-                output = autoencode(noisy, return_dict=False)[0].float()
-                # a 64 px crop is small for AlexNet, but enough for texture
-                perceptual = lpips(output, image).mean().float() if lpips else output.new_zeros(())
+                latents = encoder(image, return_dict=False)[0]
+                output = decoder(latents + 0.02 * torch.randn_like(latents), return_dict=False)[0].float()
+                perceptual = distance(output, image)  # 60 px are few for AlexNet, but enough for texture
             latents, error = latents.float(), output - image
             spread = (latents.var(dim=(0, 2, 3)) - 1).square().mean() + latents.mean(dim=(0, 2, 3)).square().mean()
             loss = error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual + 0.01 * spread
             psnr = 10 * torch.log10(4 / error.detach().square().mean())
             return loss, {"psnr": psnr, "lpips": perceptual.detach(), "spread": spread.detach()}
 
-        stretch("autoencoder", vae, "vqvae", loss_of_autoencoder, args.minutes_autoencoder, args.lr_autoencoder, args.batch_autoencoder)
+        stretch("autoencoder", vae, "vqvae", loss_of_autoencoder)
 
     if args.minutes_unet > 0:
         vae.requires_grad_(False)
         denoise = compiled(unet)
 
-        @torch.no_grad()
         def encode_crops(n: int):
             image = crops(n, args.crop)
-            with autocast:
-                latents = vae.encode(image * 2 - 1, return_dict=False)[0]
-            return latents.half(), (downscale(image) * 2 - 1).half()
+            lr = downscale(image)
+            rounded = torch.rand(n, 1, 1, 1, device=device) < 0.5  # as a user's 8-bit LR image is
+            return encode(image).half(), (torch.where(rounded, (lr * 255).round() / 255, lr) * 2 - 1).half()
 
         # a pool of encoded crops, a quarter of a batch of which is renewed at every step: a crop is seen about
         # four times, each time with other noise, and the encoder costs a quarter of what it would
@@ -329,15 +342,58 @@ def main(args: Args) -> None:
             noisy = scheduler.add_noise(latents, noise, t)
             velocity = scheduler.get_velocity(latents, noise, t)  # v-prediction: arXiv 2202.00512, eq. 12
             with autocast:
-                output = denoise(torch.cat([noisy, lr], 1).contiguous(memory_format=torch.channels_last), t, return_dict=False)[0]
+                stacked = torch.cat([noisy, lr], 1).contiguous(memory_format=torch.channels_last)
+                output = denoise(stacked, t, return_dict=False)[0]
             return F.mse_loss(output.float(), velocity), {}
 
-        stretch("unet", unet, "unet", loss_of_unet, args.minutes_unet, args.lr_unet, args.batch_unet)
+        stretch("unet", unet, "unet", loss_of_unet)
+
+    if args.minutes_decoder > 0:
+        vae.requires_grad_(True), vae.encoder.requires_grad_(False), unet.requires_grad_(False)
+        decode, choices, share, turn = compiled(vae.decode), (1, 3, 10, 30), 96, 0
+
+        @torch.no_grad()
+        def sampled_crops(n: int, calls: int):
+            """What the plain LDM gives after so many calls: clean latents (n, c, 24, 24), and the HR crops."""
+            image = crops(n, 96)
+            lr, z = downscale(image) * 2 - 1, torch.randn(n, LATENT_CHANNELS, 24, 24, device=device)
+            scheduler.set_timesteps(calls)
+            for t in scheduler.timesteps:
+                with autocast:
+                    stacked = torch.cat([z, lr], 1).contiguous(memory_format=torch.channels_last)
+                    output = unet(stacked, t, return_dict=False)[0]
+                z = scheduler.step(output.float(), t, z).prev_sample
+            return z, image
+
+        # a pool again: `share` crops for each number of calls, two of which are renewed at every step
+        drawn = [sampled_crops(share // 4, k) for k in choices for _ in range(4)]
+        pool_of_samples = [torch.cat(parts) for parts in zip(*drawn)]
+
+        def loss_of_decoder():
+            nonlocal turn
+            kind, at = turn % len(choices), share * (turn % len(choices)) + 2 * (turn // len(choices)) % share
+            for part, new in zip(pool_of_samples, sampled_crops(2, choices[kind])):
+                part[at : at + 2] = new
+            turn, half = turn + 1, args.batch_decoder // 2
+            pick, image = torch.randint(len(pool_of_samples[0]), (half,)), crops(half, 96)
+            latents = encode(image)
+            latents = torch.cat([latents + 0.02 * torch.randn_like(latents), pool_of_samples[0][pick]])
+            target = torch.cat([image, pool_of_samples[1][pick]]) * 2 - 1
+            with autocast:
+                output = decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()
+                perceptual = distance(output[:half], target[:half])
+            error = output - target
+            printed = mean_cell(output[half:] / 2 + 0.5)[0].var(1, correction=0).mean()  # 0: no cell repeats itself
+            loss = error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual + args.grid_coef * printed
+            return loss, {"l1": error.abs().mean().detach(), "lpips": perceptual.detach(), "printed": printed.detach()}
+
+        stretch("decoder", vae, "vqvae", loss_of_decoder)
     writer.close()
     table = report(args, crops, device)
-    (output / "figures.md").write_text(f"After {log['autoencoder']} crops (autoencoder) and {log['unet']} crops (U-Net):\n\n{table}\n")
+    seen = ", ".join(f"{log[part]} crops ({part})" for part in ("autoencoder", "unet", "decoder"))
+    (output / "figures.md").write_text(f"After {seen}:\n\n{table}\n")
     say(f"\n{table}\n\nwritten to {output}; next: python ppo_ldm_sr.py --ldm {output}")
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))
