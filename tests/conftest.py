@@ -19,7 +19,9 @@ if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
 def tiny_ldm(folder, prediction_type="epsilon", latent_channels=3, spacing="leading", clip_sample=False):
     """A random LDM of CompVis' classes (UNet2DModel, VQModel, DDIMScheduler), saved in diffusers' layout."""
     from diffusers import DDIMScheduler, UNet2DModel, VQModel
-    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution import LDMSuperResolutionPipeline
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution import (
+        LDMSuperResolutionPipeline,
+    )
 
     torch.manual_seed(0)
     unet = UNet2DModel(

@@ -1,27 +1,29 @@
-"""The method: environment, reward, GAE, PPO. Each test's name is a claim."""
+"""The method: environment, reward, credit, GAE, PPO. Each test's name is a claim."""
 
 import math
 
 import pytest
 import torch
-from conftest import SHARED, tiny_ldm
+from conftest import ROOT, SHARED, tiny_ldm
 from diffusers import DDIMScheduler
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution import LDMSuperResolutionPipeline
 
+import eval_sr
 import ppo_ldm_sr as orl
-import sr_inputs
-import sr_metrics
-from sr_metrics import Metrics
 
 CPU = torch.device("cpu")
+FP32 = torch.autocast("cpu", enabled=False)
 
 
 def pieces(pipeline):
-    return orl.LDM(pipeline.unet, pipeline.vqvae, pipeline.scheduler, CPU, bf16=False)
+    ldm = orl.LDM(pipeline.unet, pipeline.vqvae, pipeline.scheduler, CPU)
+    ldm.autocast = FP32
+    return ldm
 
 
-PLAIN = orl.action_for(3)  # the plain LDM's action, of three latent channels
-STEERING = {"blend": 0.12, "blend_slope": 0.1, "sharpen": 0.05, "noise": 0.99, "consistency": 0.6, "blend_channel": 0.1, "sharpen_channel": -0.1}
+def stride(value):
+    """The Gaussian number that gives this stride."""
+    return 2 * math.log2(value)
 
 
 # ---------------------------------------------------------------- denoising
@@ -36,234 +38,199 @@ def test_the_null_agent_is_the_stock_pipeline(tmp_path, prediction_type, spacing
     pipeline.set_progress_bar_config(disable=True)
     lr = torch.rand(2, 3, 16, 24)
     ours = orl.load_ldm(str(tmp_path), CPU)
-    ours.autocast = torch.autocast("cpu", enabled=False)
-    expected = pipeline(2 * lr - 1, num_inference_steps=steps, eta=0.0, generator=torch.Generator().manual_seed(7), output_type="np")
+    ours.autocast = FP32
+    generator = torch.Generator().manual_seed(7)
+    expected = pipeline(2 * lr - 1, num_inference_steps=steps, eta=0.0, generator=generator, output_type="np")
     z = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(7))
-    mdp = orl.Denoising(ours, base_steps=steps, max_calls=steps)
-    sr, calls, _ = mdp.super_resolve(lr, z, mdp.plain)
+    sr, calls, _ = orl.Denoising(ours, steps, 2 * steps).super_resolve(lr, z, None, consistent=False)
     assert calls.tolist() == [steps, steps]
     images = torch.from_numpy(expected.images).permute(0, 3, 1, 2)
     assert images.std() > 0.01  # the comparison is not between two blanks
     torch.testing.assert_close(sr, images, atol=1e-4, rtol=0)
 
 
-def test_an_untrained_agent_is_nearly_the_plain_ldm_and_its_zero_action_exactly(tmp_path):
-    ldm = pieces(tiny_ldm(tmp_path))
-    values = orl.action_values(PLAIN[None])
-    assert {k: v.unique().tolist() for k, v in values.items()} == {k: [c[0]] for k, c in orl.COMPONENTS.items()}
-    observation = torch.randn(5, 12, 16, 16), torch.rand(5, 4)
-    assert orl.Agent(ldm.latent_channels).mean(*observation).abs().max() < 0.1
-    start = orl.action_for(3, **STEERING)
-    assert (orl.Agent(3, start).mean(*observation) - start).abs().max() < 0.1
+def test_an_untrained_agent_is_the_plain_ldm_with_consistency(tmp_path):
+    mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), 3, 5)
+    lr, z, agent = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16), orl.Agent(torch.ones(3))
+    action = agent.policy(*mdp.observe(mdp.call(lr, z))).mean
+    assert action.abs().max() < 0.1 and agent.edit_policy(*mdp.observe(mdp.call(lr, z))).mean.abs().max() == 0
+    agent.actor[-1].weight.data.zero_()
+    for ours, plain in zip(mdp.super_resolve(lr, z, agent)[:2], mdp.super_resolve(lr, z)[:2]):
+        torch.testing.assert_close(ours, plain)
 
 
-def test_an_action_for_given_values_has_these_values():
-    for values in (STEERING, {"stride": 2.5}, {}):
-        found = orl.action_values(orl.action_for(4, **values)[None])
-        for name, (neutral, *_) in orl.COMPONENTS.items():
-            assert found[name].shape == (1, 4 if name.endswith("channel") else 1, 1, 1)
-            torch.testing.assert_close(found[name], torch.full_like(found[name], values.get(name, neutral)))
-
-
-def test_a_channel_is_blended_and_sharpened_by_its_own_number(tmp_path):
-    mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), 2, 2)
-    s = mdp.begin(torch.rand(1, 3, 8, 8), torch.randn(1, 3, 8, 8))
-    action = orl.action_for(3, blend=0.5, sharpen=0.2)[None]
-    action[:, 7:] = torch.tensor([1.0, -2.0, 0.0, 0.0, 1.0, -1.0])  # units of 0.3 and 0.15
-    blend, sharpen = (m.mean(dim=(0, 2, 3)) for m in mdp.maps(s, action))  # at the first call the deviation is zero
-    torch.testing.assert_close(blend, torch.tensor([0.8, 0.0, 0.5]))  # -0.6 is beyond the range: 0.5 - 0.5
-    torch.testing.assert_close(sharpen, torch.tensor([0.2, 0.35, 0.05]))
+def test_zero_is_neutral_and_actions_stay_in_their_ranges():
+    noise, jump = orl.action_values(torch.tensor([[0.0, 0.0], [100.0, 100.0], [-100.0, -100.0], [1.0, 2.0]]))
+    torch.testing.assert_close(noise, torch.tensor([1.0, 1.1, 0.9, 1.02]))
+    torch.testing.assert_close(jump, torch.tensor([1.0, 2.0, 0.5, 2.0]))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_our_ddim_step_is_diffusers_step_on_its_own_grid(tmp_path, prediction_type):
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0155, clip_sample=False,
-                              prediction_type=prediction_type, timestep_spacing="trailing")  # fmt: skip
-    pipeline = tiny_ldm(tmp_path)
-    pipeline.scheduler = scheduler
-    ldm = pieces(pipeline)
+def test_our_ddim_step_is_the_schedulers_on_its_own_schedule(tmp_path, prediction_type):
+    pipeline = tiny_ldm(tmp_path, prediction_type)
+    ldm, scheduler = pieces(pipeline), DDIMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(10)
     z, lr = torch.randn(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
     for t in scheduler.timesteps.tolist():
         at = torch.full((2,), t)
-        output = ldm.unet(torch.cat([z, 2 * lr - 1], 1), at).sample
+        with torch.no_grad():
+            output = pipeline.unet(torch.cat([z, 2 * lr - 1], 1), at).sample
         expected = scheduler.step(output, t, z, eta=0.0).prev_sample
         x0, noise = ldm.predict(z, at, lr)
         after = ldm.alphas[t - 100 if t >= 100 else -1].view(1, 1, 1, 1)
-        ours = orl.ddim_step(x0, noise, after)
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(orl.ddim_step(x0, noise, after), expected, atol=1e-5, rtol=1e-5)
         z = expected
 
 
 def test_an_adaptive_stride_follows_the_formula_exactly(tmp_path):
-    """999 -> 700 -> 100 -> clean, against float64; DDIMScheduler.step assumes a constant stride and cannot do this."""
+    """999 -> 849 -> 649 -> 549, against float64; DDIMScheduler.step assumes a constant stride and cannot do this."""
     pipeline = tiny_ldm(tmp_path, spacing="trailing")
     ldm = pieces(pipeline)
     mdp = orl.Denoising(ldm, base_steps=10, max_calls=10)
-    state = mdp.begin(torch.rand(1, 3, 8, 8), torch.randn(1, 3, 8, 8))
+    state = mdp.call(torch.rand(1, 3, 8, 8), torch.randn(1, 3, 8, 8))
     alphas = torch.cat([pipeline.scheduler.alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])
     visited = [int(state.t)]
-    for stride in (2.99, 5.0, 1.01):  # 999 - 299 = 700; 5 is the limit: 700 - 500 = 200; 200 - 101 = 99
-        action = orl.action_for(3, stride=stride)[None]
-        z, t, done = mdp.advance(state, action)
+    for value in (1.5, 2.0, 1.0):
+        z, t, done = mdp.advance(state, torch.tensor([[0.0, stride(value)]]))
         a, b = alphas[visited[-1]], alphas[int(t)]
         x0, noise = state.x0.double(), state.noise.double()
         torch.testing.assert_close(z.double(), b.sqrt() * x0 + (1 - b).sqrt() * noise, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(state.z.double(), a.sqrt() * x0 + (1 - a).sqrt() * noise, atol=1e-5, rtol=1e-5)
         visited.append(int(t))
-        x0, noise = ldm.predict(z, t, state.lr)
-        state = orl.State(state.lr, z, t, state.calls + 1, x0, noise, state.mean)
-    assert visited == [999, 700, 200, 99] and not done
+        state = mdp.call(state.lr, z, t, state.calls + 1, state.first)
+    assert visited == [999, 849, 649, 549] and not done
 
 
-@pytest.mark.parametrize("steps", [1, 7, 1000])
-def test_every_number_of_steps_stays_on_the_table_and_costs_that_many_calls(tmp_path, steps):
-    ldm = pieces(tiny_ldm(tmp_path, spacing="trailing"))
-    assert ldm.first_timestep(steps) == 999
-    mdp = orl.Denoising(ldm, steps, steps)
-    _, calls, trace = mdp.super_resolve(torch.rand(1, 3, 4, 4), torch.randn(1, 3, 4, 4), mdp.plain)
-    assert int(calls) == steps and all(0 <= int(t) <= 999 for _, t, _ in trace)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [1, 3, 7, 100])
+def test_every_number_of_steps_costs_that_many_calls_with_budget_to_spare(tmp_path, steps, spacing):
+    mdp = orl.Denoising(pieces(tiny_ldm(tmp_path, spacing=spacing)), steps, 2 * steps)
+    _, calls, trace = mdp.super_resolve(torch.rand(1, 3, 4, 4), torch.randn(1, 3, 4, 4))
+    assert int(calls) == steps and all(0 <= int(s.t) <= 999 for _, s, *_ in trace)
 
 
 def test_the_budget_of_calls_ends_an_episode_with_the_clean_latent(tmp_path):
     mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), base_steps=100, max_calls=6)
-    _, calls, _ = mdp.super_resolve(torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8), mdp.plain)
-    assert calls.tolist() == [6, 6]
+    assert mdp.super_resolve(torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8))[1].tolist() == [6, 6]
 
 
 def test_consistency_brings_the_downscaled_result_to_the_lr_image(tmp_path):
     mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), 2, 2)
-    lr, z, on = torch.rand(2, 3, 16, 16) / 2 + 0.25, torch.randn(2, 3, 16, 16), orl.action_for(3, consistency=1.0)
-    error = [(orl.downscale(mdp.finish(z, lr, a.expand(2, -1))) - lr).square().mean() for a in (PLAIN, on)]
+    lr, z = torch.rand(2, 3, 16, 16) / 2 + 0.25, torch.randn(2, 3, 16, 16)
+    error = [(orl.downscale(mdp.finish(z, lr, consistent)) - lr).square().mean() for consistent in (False, True)]
     assert error[1] < 0.5 * error[0]
 
 
-def test_slopes_act_where_x0_strays_from_the_posterior_mean_and_nowhere_at_the_first_call():
-    mean, x0 = torch.zeros(1, 2, 16, 16), torch.zeros(1, 2, 16, 16)
-    x0[..., :8] = 0.1 * torch.randn(8)
-    x0[..., 8:] = torch.randn(8)
-    far = orl.deviation(x0, mean)
-    assert far[..., 9:].min() > far[..., :7].max()
-    torch.testing.assert_close(far.mean(dim=(2, 3)), torch.zeros(1, 2), atol=1e-5, rtol=0)
-    assert orl.deviation(x0, x0).abs().max() == 0
-
-
-def test_an_image_that_ends_early_leaves_the_others_to_go_on(tmp_path):
+def test_an_image_that_ends_early_leaves_the_others_to_go_on_and_each_gets_its_own_edit(tmp_path):
     mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), 5, 10)
     lr, z = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
-    stride = list(orl.COMPONENTS).index("stride")
 
-    def policy(maps, numbers):  # the first image of two takes long steps
-        action = PLAIN.expand(len(maps), -1).clone()
-        action[0, stride] = 2.0 if len(maps) == 2 else 0.0
-        return action
+    class Steering:  # the first image of two takes long steps; an edit tells its image by the LR's mean
+        def policy(self, maps, numbers):
+            mean = torch.zeros(len(maps), 2)
+            mean[0, 1] = stride(2.0) if len(maps) == 2 else 0.0
+            return orl.Normal(mean, 1.0)
 
-    seen = list(mdp.steps(lr, z, policy))
-    assert [slots.tolist() for slots, *_ in seen] == [[0, 1], [0, 1], [1], [1], [1]]
-    assert [done.tolist() for *_, done in seen] == [[False, False], [True, False], [False], [False], [True]]
-    sr, calls, trace = mdp.super_resolve(lr, z, policy)
-    assert calls.tolist() == [2, 5] and [t.tolist() for _, t, _ in trace] == [s.t.tolist() for _, s, *_ in seen]
-    for slot in (0, 1):  # as each would have been by itself
-        *_, (_, s, action, z_last, _) = [step for step in seen if slot in step[0].tolist()]
-        own = (seen[1] if slot == 0 else seen[-1])[0].tolist().index(slot)
-        torch.testing.assert_close(sr[slot : slot + 1], mdp.finish(z_last[own : own + 1], lr[slot : slot + 1], action[own : own + 1]))
-    blend, sharpen = mdp.maps(s, action)
-    assert blend.shape == sharpen.shape == (1, 3, 16, 16) and blend.min() >= 0 and sharpen.min() >= -0.5
+        def edit_policy(self, maps, numbers):
+            return orl.Normal(maps[:, -3:].float().mean(dim=(1, 2, 3), keepdim=True).expand(-1, 3, 16, 16), 1.0)
 
-
-# ---------------------------------------------------------------- environment and reward
+    sr, calls, trace = mdp.super_resolve(lr, z, Steering())
+    assert [slots.tolist() for slots, *_ in trace] == [[0, 1], [0, 1], [0, 1], [1], [1]]
+    assert [ended.tolist() for *_, ended, _ in trace] == [[], [], [0], [], [1]] and calls.tolist() == [3, 5]
+    for slot, step in ((0, trace[2]), (1, trace[4])):  # as each would have been by itself
+        slots, s, action, ended, edit = step
+        own = slots.tolist().index(slot)
+        z_last = mdp.advance(s, action)[0][own : own + 1]
+        torch.testing.assert_close(edit.mean(), (2 * lr[slot] - 1).mean(), atol=1e-3, rtol=0)
+        torch.testing.assert_close(sr[slot : slot + 1], mdp.finish(z_last + edit, lr[slot : slot + 1]), atol=1e-4, rtol=1e-4)
 
 
-def test_the_search_for_the_best_constant_action_finds_a_known_one(ldm_folder, image_folder, monkeypatch):
-    """On a reward whose maximum is known; the search itself sees only what `evaluate` says."""
-    env = make_env(ldm_folder, image_folder)
-    low, high = (orl.action_for(3, **{k: v[end] for k, v in orl.COMPONENTS.items()}) for end in (1, 2))
-    target = (2 * torch.randn(13, generator=torch.Generator().manual_seed(0))).clamp(low, high)
-
-    def known(mdp, scenes, reward, policy, indices, crop, seed):
-        action = policy(torch.zeros(1, 1), None)[0]
-        assert (action >= low - 1e-6).all() and (action <= high + 1e-6).all()
-        return {"reward": -(action - target).square().sum()[None]}
-
-    monkeypatch.setattr(orl, "evaluate", known)
-    action, best = orl.search_constant(env.mdp, env.scenes, env.reward, 32, 0)
-    assert (action - target).abs().max() < 1.1 and best == known(None, None, None, orl.constant_policy(action), None, 0, 0)["reward"] > -4
-    monkeypatch.undo()
-    (one, reward), (two, again) = (orl.search_constant(env.mdp, env.scenes, env.reward, 32, 0, images=4) for _ in range(2))
-    assert torch.equal(one, two) and reward == again
-    found = orl.evaluate(env.mdp, env.scenes, env.reward, env.mdp.plain, torch.randperm(len(env.scenes), generator=torch.Generator().manual_seed(0))[:4].tolist(), 32, 0)
-    assert reward > found["reward"].mean()
+# ---------------------------------------------------------------- environment, reward, judges
 
 
-def make_env(folder, images, num_envs=3, lpips=None, seed=0, **mdp):
+def make_env(folder, images, num_envs=3, net=None, **mdp):
     ldm = orl.load_ldm(str(folder), CPU)
-    scenes = sr_inputs.load_scenes(str(images), "train")
-    return orl.DenoisingEnv(orl.Denoising(ldm, **{"base_steps": 4, "max_calls": 4, **mdp}), scenes, orl.Reward(Metrics(lpips, CPU)), num_envs, 32, seed)
+    ldm.autocast = FP32
+    train = orl.load_images(str(images), "train", (), 32, CPU)
+    steps = {"base_steps": 4, "max_calls": 4, **mdp}
+    return orl.DenoisingEnv(orl.Denoising(ldm, **steps), train, orl.Reward(net, CPU), num_envs, 32)
 
 
 @torch.no_grad()
 def test_a_slot_that_ends_gets_the_next_image_at_once_and_others_go_on(ldm_folder, image_folder):
-    env = make_env(ldm_folder, image_folder)
-    env.reset(seed=0)
-    action = PLAIN.repeat(3, 1)
-    action[0] = orl.action_for(3, stride=4.0)  # the first slot ends at once
+    env = make_env(ldm_folder, image_folder, base_steps=2)
+    env.reset(0)
+    action = torch.zeros(3, 2)
+    action[0, 1] = stride(2.0)  # the first slot ends at once
     before = env.hr.clone()
-    _, reward, terminated, truncated, info = env.step(action)
+    assert env.ends(action).tolist() == [0]
+    _, reward, terminated, truncated, info = env.step(action, torch.zeros(1, 3, 8, 8))
     assert terminated.tolist() == [True, False, False] and not truncated.any()
     assert reward[0] != 0 and reward[1:].abs().sum() == 0
     assert not torch.equal(env.hr[0], before[0]) and torch.equal(env.hr[1:], before[1:])
     assert env.state.calls.tolist() == [1, 2, 2] and int(env.state.t[0]) == env.mdp.t_first
-    assert torch.equal(env.state.mean[0], env.state.x0[0]) and not torch.equal(env.state.mean[1], env.state.x0[1])
-    assert torch.equal(env.state.lr[0], orl.downscale(env.hr[:1])[0]) and info["denoiser_calls"].tolist() == [1]
+    assert torch.equal(env.state.first[0], env.state.x0[0]) and not torch.equal(env.state.first[1], env.state.x0[1])
+    assert torch.equal(env.state.lr[0], orl.downscale(env.hr[:1])[0]) and info["calls"].tolist() == [1]
 
 
-@torch.no_grad()
 def test_the_same_seed_gives_the_same_episodes(ldm_folder, image_folder):
-    runs = []
-    for _ in range(2):
-        env = make_env(ldm_folder, image_folder)
-        env.reset(seed=3)
-        runs.append(torch.stack([env.step(torch.full((3, 13), 0.3))[1] for _ in range(6)]))
-    assert torch.equal(*runs) and runs[0].abs().sum() > 0
+    agent, runs = orl.Agent(torch.ones(3)), []
+    for seed in (3, 3, 4):
+        batch, _, edits, _ = orl.rollout(make_env(ldm_folder, image_folder), agent, 6, seed)
+        runs.append((batch["rewards"], edits["edits"]))
+    assert all(torch.equal(a, b) for a, b in zip(*runs[:2])) and runs[0][0].abs().sum() > 0
+    assert not torch.equal(runs[0][0], runs[2][0])
 
 
 @torch.no_grad()
 def test_an_episode_of_the_environment_is_super_resolve(ldm_folder, image_folder):
     env = make_env(ldm_folder, image_folder)
-    env.reset(seed=1)
-    hr, s, action = env.hr.clone(), env.state, orl.action_for(3, **STEERING).expand(3, -1)
-    sr, calls, _ = env.mdp.super_resolve(s.lr.clone(), s.z.clone(), lambda maps, numbers: action[: len(maps)])
-    metrics, bicubic = env.reward.metrics(sr, hr), env.reward.metrics(orl.upscale(s.lr), hr)
-    expected = env.reward(metrics, calls) - env.reward(bicubic, 0.0)
+    env.reset(1)
+    agent = orl.Agent(torch.ones(3))
+    agent.editor[-1].bias.data.fill_(0.2)
+    hr, lr, z = env.hr.clone(), env.state.lr.clone(), env.state.z.clone()
+    sr, calls, _ = env.mdp.super_resolve(lr, z, agent)
+    expected, bicubic = env.reward(sr, hr, calls), env.reward(orl.upscale(lr).clamp(0, 1), hr, 0 * calls)
     for _ in range(4):
-        _, reward, done, _, _ = env.step(action)
+        maps, numbers, _ = env.observe()
+        action = agent.policy(maps, numbers).mean
+        ended = env.ends(action)
+        _, reward, done, _, info = env.step(action, agent.edit_policy(maps[ended], numbers[ended]).mean)
     assert done.all()
-    torch.testing.assert_close(reward, expected, atol=2e-3, rtol=0)  # bf16 where the processor has it
+    torch.testing.assert_close(info["reward"], expected["reward"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(reward, expected["reward"] - bicubic["reward"], atol=1e-3, rtol=0)
 
 
 def test_psnr_is_per_image_then_mean_whatever_the_batch():
     hr = torch.full((2, 3, 16, 16), 0.0)
     sr = torch.stack([torch.full((3, 16, 16), math.sqrt(0.1)), torch.full((3, 16, 16), math.sqrt(0.5))])
-    reward = orl.Reward(Metrics(None, CPU))
-    psnr = reward.metrics(sr, hr)["psnr"]
+    psnr = orl.peak_signal_to_noise_ratio(sr, hr)
     assert psnr.mean().item() == pytest.approx(6.505, abs=1e-3)  # the pooled error would give 5.229
-    alone = [reward.metrics(sr[i : i + 1], hr[i : i + 1])["psnr"] for i in (0, 1)]
+    alone = [orl.peak_signal_to_noise_ratio(sr[i : i + 1], hr[i : i + 1]) for i in (0, 1)]
     torch.testing.assert_close(torch.cat(alone), psnr)
 
 
-def test_metrics_clamp_the_output_and_ssim_never_passes_one():
-    reward, hr = orl.Reward(Metrics(None, CPU)), torch.rand(1, 3, 32, 32).round()
-    wild = hr * 3 - 1  # -1 and 2: after clamping it is the HR image
-    found = reward.metrics(wild, hr)
+def test_a_perfect_image_has_100_db_and_ssim_never_passes_one():
+    hr = torch.rand(1, 3, 32, 32)
+    found = orl.Reward(None, CPU)(hr, hr, torch.tensor([1.0]))
     assert found["psnr"] == 100 and found["ssim"] == pytest.approx(1, abs=1e-5) and found["ssim"] <= 1 + 1e-5
 
 
 def test_the_reward_is_table_1s_sum_of_terms_in_the_unit_interval():
-    reward = orl.Reward(Metrics(torch.nn.Identity(), CPU))
-    metrics = {"psnr": torch.tensor([25.0]), "ssim": torch.tensor([0.5]), "lpips": torch.tensor([0.3])}
-    assert reward(metrics, torch.tensor([4])).item() == pytest.approx(0.4 * 0.5 + 0.3 * 0.5 + 0.2 * 0.7 + 0.1 * 0.96)
-    without = orl.Reward(Metrics(None, CPU))(metrics | {"lpips": torch.tensor([math.nan])}, torch.tensor([4]))
-    assert without.item() == pytest.approx((0.4 * 0.5 + 0.3 * 0.5 + 0.1 * 0.96) / 0.8)  # renormalised without LPIPS
+    class Net(torch.nn.Module):
+        def forward(self, a, b, normalize):
+            return torch.full((len(a), 1, 1, 1), 0.3)
+
+    hr = torch.rand(1, 3, 32, 32)
+    sr, calls = (hr + 0.05 * torch.randn_like(hr)).clamp(0, 1), torch.tensor([4.0])
+    found = orl.Reward(Net(), CPU)(sr, hr, calls)
+    quality = 0.4 * found["psnr"] / 50 + 0.3 * found["ssim"]
+    torch.testing.assert_close(found["reward"], quality + 0.2 * 0.7 + 0.1 * 0.96)
+    terms = torch.stack([found[f"reward/{k}"] / w for k, w in orl.Reward.WEIGHTS.items()])
+    assert terms.min() >= 0 and terms.max() <= 1
+    without = orl.Reward(None, CPU)(sr, hr, calls)
+    torch.testing.assert_close(without["reward"], (quality + 0.1 * 0.96) / 0.8)  # renormalised without LPIPS
+    assert without["lpips"].isnan().all() and "reward/lpips" not in without
 
 
 def test_ssim_is_torchmetrics_ssim_for_any_size():
@@ -272,26 +239,86 @@ def test_ssim_is_torchmetrics_ssim_for_any_size():
     for size in ((128, 128), (97, 61), (16, 200)):
         hr = torch.nn.functional.avg_pool2d(torch.rand(3, 3, *size), 5, stride=1, padding=2)
         sr = (hr + torch.tensor([0.0, 0.02, 0.2]).view(3, 1, 1, 1) * torch.randn(3, 3, *size)).clamp(0, 1)
-        ours = sr_metrics.structural_similarity(sr, hr)
+        ours = orl.structural_similarity(sr, hr)
         torch.testing.assert_close(ours, reference(sr, hr, data_range=1.0, reduction="none"), atol=1e-5, rtol=0)
         assert ours[0] > ours[1] > ours[2]
 
 
 @pytest.mark.skipif(not (SHARED / "torch_home").is_dir(), reason="LPIPS's AlexNet is not on this machine")
-def test_lpips_is_its_packages_and_torchmetrics_and_costs_hr_once():
+def test_lpips_is_torchmetrics_lpips():
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as reference
 
-    package = sr_metrics.load_lpips(str(SHARED / "torch_home/hub/checkpoints" / sr_metrics.ALEXNET))
-    ours = Metrics(package, CPU)
-    hr, sr = torch.rand(2, 3, 64, 64), torch.rand(4, 3, 64, 64)  # two versions of two images
-    got = ours.lpips(sr, hr)
-    torch.testing.assert_close(got, package(sr, hr.repeat(2, 1, 1, 1), normalize=True).view(-1), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(got[:2].mean(), reference(sr[:2], hr, net_type="alex", normalize=True), atol=1e-5, rtol=1e-4)
-    assert ours.lpips(hr, hr).abs().max() < 1e-6
-    seen = []
-    package.net.register_forward_hook(lambda net, inputs, output: seen.append(len(inputs[0])))
-    ours.lpips(sr, hr)
-    assert seen == [4, 2]
+    net = orl.load_lpips(str(SHARED / "torch_home/hub/checkpoints/alexnet-owt-7be5be79.pth"))
+    hr, sr = torch.rand(2, 2, 3, 64, 64)
+    got = orl.Reward(net, CPU)(sr, hr, torch.ones(2))["lpips"]
+    torch.testing.assert_close(got.mean(), reference(sr, hr, net_type="alex", normalize=True), atol=1e-5, rtol=1e-4)
+    assert orl.Reward(net, CPU)(hr, hr, torch.ones(2))["lpips"].abs().max() < 1e-6
+
+
+def test_grid_is_about_one_for_noise_and_far_above_ten_for_a_faint_pattern():
+    torch.manual_seed(0)
+    noise = eval_sr.grid(torch.rand(8, 3, 128, 128))
+    assert 0.5 < noise.mean() < 2
+    ramp = torch.linspace(0, 1, 128)
+    smooth = (0.3 + 0.2 * ramp.view(1, 1, -1, 1) + 0.1 * ramp).expand(2, 3, -1, -1)
+    pattern = (torch.randint(0, 2, (4, 4)) / 255).repeat(32, 32)
+    assert eval_sr.grid(smooth + pattern).min() > 100
+    assert eval_sr.grid(smooth + pattern + 0.02 * torch.randn(2, 1, 128, 128)).min() > 1  # drowned in texture
+
+
+# ---------------------------------------------------------------- credit
+
+
+def test_the_credits_of_all_cells_sum_to_the_rewards_change_to_first_order(image_folder):
+    """On the LDM that ships, whose latent is continuous (a VQModel's decoder quantises what it gets)."""
+    env = make_env(ROOT / "runs/ldm_x4", image_folder, num_envs=8, base_steps=1)
+    torch.manual_seed(0)
+    mean, offset, rewards = 0.1 * torch.randn(8, 8, 8, 8), torch.randn(8, 8, 8, 8), []
+    for edit in (mean, mean + 0.002 * offset):
+        env.reset(2)
+        with torch.no_grad():
+            *_, info = env.step(torch.zeros(8, 2), edit)
+        rewards.append(info["reward"])
+        credit = orl.cell_credit(info["gradient"], edit, mean)  # (8, c, h, w)
+    change = rewards[1] - rewards[0]
+    assert change.abs().max() > 2e-5
+    assert (credit.sum(dim=(1, 2, 3)) - change).norm() / change.norm() < 0.05
+
+
+def test_an_image_before_its_last_step_has_no_edit_and_the_editor_gets_no_gradient_from_it(ldm_folder, image_folder):
+    env, agent = make_env(ldm_folder, image_folder), orl.Agent(torch.ones(3))
+    batch, _, edits, _ = orl.rollout(env, agent, 4, seed=0)
+    assert len(edits["edits"]) == int(batch["dones"].sum()) < batch["dones"].numel()
+    logprob = agent.policy(batch["maps"].flatten(0, 1), batch["numbers"].flatten(0, 1)).log_prob(batch["actions"].flatten(0, 1))
+    logprob.sum().backward()
+    assert all(p.grad is None for p in agent.editor.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in agent.actor.parameters())
+
+
+def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
+    """One-step episodes, R = -(edit - target)^2 a cell: the mean must become the target in every cell of every image."""
+    torch.manual_seed(0)
+    args, agent = orl.Args(learning_rate=3e-3, minibatch_size=16), orl.Agent(torch.ones(1), edit_std=0.3)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
+    maps, numbers = torch.randn(64, 6, 8, 8).half(), torch.zeros(64, 4)
+    target = 0.5 * maps[:, :1].float().tanh() + 0.2 * maps[:, 1:2].float().clamp(-1, 1)
+
+    def error():
+        with torch.no_grad():
+            return (agent.edit_policy(maps, numbers).mean - target).square().mean() / target.square().mean()
+
+    assert error() > 0.99
+    steps = {"maps": maps[None], "numbers": numbers[None], "detail": torch.zeros(1, 64, 3, 8, 8).half()}
+    steps |= {k: torch.zeros(1, 64) for k in ("values", "advantages", "returns", "logprobs")} | {"actions": torch.zeros(1, 64, 2)}
+    for _ in range(40):
+        with torch.no_grad():
+            policy = agent.edit_policy(maps, numbers)
+            edit = policy.sample()
+        credit = orl.cell_credit(-2 * (edit - target) / 1000, edit, policy.mean)  # at a small scale of the reward
+        edits = {"maps": maps, "numbers": numbers, "edits": edit, "logprobs": policy.log_prob(edit), "credits": credit}
+        figures = orl.update(agent, optimizer, steps, edits, args)
+    assert error() < 0.1
+    assert figures["edit_approx_kl"] < 0.2
 
 
 # ---------------------------------------------------------------- GAE and PPO
@@ -321,37 +348,56 @@ def test_gae_is_the_brute_force_sum_and_never_crosses_an_end():
             assert float(got[t, i]) == pytest.approx(total, abs=1e-4)
 
 
-def loss_of(ratio, advantage):
-    """The policy loss for two samples of the given ratio whose normalised advantages are +-advantage."""
+def gradient_of(ratio, advantage):
+    """Of the policy loss with respect to the log-probabilities of two samples, advantages +-advantage."""
     logratio = torch.tensor(ratio).log().requires_grad_()
-    zeros = torch.zeros(2)
-    loss, _ = orl.ppo_loss(logratio, zeros, torch.tensor([advantage, -advantage]), zeros, zeros, zeros, zeros, orl.Args())
+    loss, *_ = orl.clipped_surrogate(logratio, torch.zeros(2), torch.tensor([advantage, -advantage]), 0.2)
     loss.backward()
     return logratio.grad
 
 
 def test_ppo_raises_the_probability_of_good_actions_and_is_flat_outside_the_clip():
-    inside = loss_of([1.0, 1.0], 1.0)
+    inside = gradient_of([1.0, 1.0], 1.0)
     assert inside[0] < 0 < inside[1]  # gradient descent: up where the advantage is positive
-    beyond = loss_of([1.3, 0.7], 1.0)  # already moved further than the clip in the right direction
+    beyond = gradient_of([1.3, 0.7], 1.0)  # already moved further than the clip in the right direction
     assert beyond.abs().max() == 0
-    wrong_way = loss_of([0.7, 1.3], 1.0)  # moved in the wrong direction: the pull back stays
+    wrong_way = gradient_of([0.7, 1.3], 1.0)  # moved in the wrong direction: the pull back stays
     assert wrong_way[0] < 0 < wrong_way[1]
 
 
 def test_ppo_solves_a_bandit_whose_best_action_is_known():
     """One-step episodes, reward -(a - target)^2: the mean policy must reach the target, also at a small scale."""
     torch.manual_seed(0)
-    args = orl.Args(learning_rate=3e-3, minibatch_size=64)
-    agent, target = orl.Agent(1), torch.tensor([0.6, -0.4, 0.2, 0.8, -0.7, 0.1, 0.5, -0.3, 0.4])
-    optimizer, generator = torch.optim.Adam(agent.parameters(), lr=args.learning_rate), torch.Generator().manual_seed(0)
-    maps, numbers, error = torch.zeros(1, 256, 6, 8, 8).half(), torch.full((1, 256, 4), 0.5), torch.zeros(1, 256, 1, 8, 8).half()
+    args, agent, target = orl.Args(learning_rate=3e-3, minibatch_size=64), orl.Agent(torch.ones(1)), torch.tensor([0.6, -0.4])
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
+    maps, numbers, detail = torch.zeros(1, 256, 6, 8, 8).half(), torch.full((1, 256, 4), 0.5), torch.zeros(1, 256, 3, 8, 8).half()
+    edits = {"maps": maps[0, :8], "numbers": numbers[0, :8]}
+    edits |= {k: torch.zeros(8, 1, 8, 8) for k in ("edits", "logprobs", "credits")}
     for _ in range(40):
         with torch.no_grad():
-            action, logprob, _, value = agent.action_and_value(maps[0], numbers[0], error[0], generator=generator)
+            policy, value = agent.policy(maps[0], numbers[0]), agent.value(maps[0], numbers[0], detail[0])
+            action = policy.sample()
         reward = 0.01 * -(action - target).square().sum(1) * args.reward_scale
-        batch = {"maps": maps, "numbers": numbers, "error": error, "actions": action[None], "logprobs": logprob[None], "values": value[None]}
-        batch["advantages"], batch["returns"] = orl.gae(reward[None], value[None], torch.ones(1, 256, dtype=bool), torch.zeros(256), 0.99, 0.95)
-        figures = orl.update(agent, optimizer, batch, args, generator)
-    assert (agent.mean(maps[0, :1], numbers[0, :1])[0] - target).abs().max() < 0.15
+        batch = {"maps": maps, "numbers": numbers, "detail": detail, "actions": action[None], "values": value[None]}
+        batch["logprobs"] = policy.log_prob(action).sum(1)[None]
+        ends = torch.ones(1, 256, dtype=bool)
+        batch["advantages"], batch["returns"] = orl.gae(reward[None], value[None], ends, torch.zeros(256), 0.99, 0.95)
+        figures = orl.update(agent, optimizer, batch, edits, args)
+    assert (agent.policy(maps[0, :1], numbers[0, :1]).mean[0] - target).abs().max() < 0.15
     assert figures["approx_kl"] < 0.2
+
+
+def test_the_agent_learns_on_an_ldm_that_predicts_noise(ldm_folder, image_folder):
+    """CompVis' kind: at pure noise its clean latent is noise divided by a small number, and nothing may rest on it."""
+    env = make_env(ldm_folder, image_folder, num_envs=8, base_steps=2, max_calls=2)
+    args, agent = orl.Args(learning_rate=2e-3, minibatch_size=16), orl.Agent(torch.ones(3), edit_std=0.3)
+    assert env.mdp.ldm.scheduler.config.prediction_type == "epsilon"
+    optimizer, rewards = torch.optim.Adam(agent.parameters(), lr=args.learning_rate), []
+    for seed in range(12):
+        batch, last, edits, infos = orl.rollout(env, agent, 16, seed)
+        estimates = orl.gae(50 * batch["rewards"], batch["values"], batch["dones"], last, 0.99, 0.95)
+        batch["advantages"], batch["returns"] = estimates
+        orl.update(agent, optimizer, batch, edits, args)
+        rewards.append(float(infos["reward"].mean()))
+    assert all(math.isfinite(r) for r in rewards)
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.005

@@ -1,0 +1,78 @@
+"""The rival that a reader will ask for: the same editor, trained by the reward's own gradient and no RL.
+
+    python tests/reward_gradient.py --agent runs/orl_ldm --dataset data/paper8 --minutes 10
+
+It follows the plain LDM's steps (no noise scale, no stride: the number of calls has no gradient) and edits the last clean
+latent. Writes reward_gradient.safetensors into the run folder of the agent that it is compared with; eval_sr.py then
+shows it as a row.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo_ldm_sr as orl  # noqa: E402
+
+
+@dataclass
+class Args:
+    agent: str = "runs/orl_ldm"  # run folder of the agent
+    dataset: str = "data/paper8"  # images to train on
+    minutes: float = 10.0  # of training
+    batch: int = 12  # images of a gradient step
+    learning_rate: float = 1e-3  # of Adam, annealed to a twentieth
+    device: str = "auto"  # auto, cpu or cuda
+    seed: int = 42  # of weights, crops and noise
+
+
+def last_state(mdp: orl.Denoising, lr: torch.Tensor, z: torch.Tensor) -> tuple[orl.State, torch.Tensor]:
+    """The plain LDM's last state of LR (n, 3, h, w) from pure noise z (n, c, h, w), and its clean latents."""
+    s, zero = mdp.call(lr, z), torch.zeros(len(lr), 2, device=lr.device)
+    z, t, done = mdp.advance(s, zero)
+    while not done.all():
+        s = mdp.call(lr, z, t, s.calls + 1, s.first)
+        z, t, done = mdp.advance(s, zero)
+    return s, z
+
+
+def main(args: Args) -> None:
+    device, run = orl.pick_device(args.device), orl.locate(args.agent)
+    _, state = orl.load_tensors(run / "agent.safetensors")
+    trained = state["args"]
+    ldm = orl.load_ldm(trained["ldm"], device)
+    mdp, crop = orl.Denoising(ldm, trained["base_steps"], trained["max_calls"]), trained["crop"]
+    train = orl.load_images(args.dataset, "train", tuple(trained["scenes"]), crop, device)
+    reward = orl.Reward(orl.load_lpips(), device)
+    torch.manual_seed(args.seed)
+    with torch.no_grad():
+        agent = orl.Agent(ldm.encode(train.crops(32, crop)).std(dim=(0, 2, 3))).to(device)
+    agent.actor[-1].weight.data.zero_()  # the plain LDM's steps
+    optimizer = torch.optim.Adam(agent.editor.parameters(), lr=args.learning_rate, eps=1e-5)
+    began, seconds, step = time.time(), 60 * args.minutes, 0
+    with tqdm(total=round(seconds), unit="s", dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {postfix}") as bar:
+        while (spent := time.time() - began) < seconds:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.05, 1 - spent / seconds)
+            hr = train.crops(args.batch, crop)
+            lr = orl.downscale(hr)
+            with torch.no_grad():
+                s, z = last_state(mdp, lr, torch.randn(len(lr), ldm.latent_channels, *lr.shape[-2:], device=device))
+            edit = agent.edit_policy(*mdp.observe(s)).mean
+            found = reward(mdp.finish(z + edit, lr), hr, s.calls)["reward"].mean()
+            optimizer.zero_grad()
+            (-found).backward()
+            optimizer.step()
+            step += 1
+            bar.n = round(spent)
+            bar.set_postfix_str(f"{step} steps, reward {float(found.detach()):.4f}")
+    orl.save_tensors(run / "reward_gradient.safetensors", agent.state_dict(), state | {"step": step})
+    print(f"{step} steps of {args.batch} images, written to {run}/reward_gradient.safetensors")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
