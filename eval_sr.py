@@ -370,10 +370,12 @@ def pictures(folder: Path, mdp, images: orl.Images, reward, agent, rows, args: A
     if any(images.pixels[i].shape != images.pixels[sample[0]].shape for i in sample) and not args.crop:
         return ["figure.png", "edit.png"]
     hr, frontier = torch.stack([images.centre(i, 4 * mdp.ldm.stride, args.crop) for i in sample]), {}
-    for calls in (1, 2, 3, 5, 10, 30, 100):
+    for calls in (1, 2, 3, 5, 10, 30):
         found = orl.evaluate(Denoising(mdp.ldm, calls, calls), hr, reward, None, args.seed, consistent=False)
         frontier[calls] = float(found["psnr"].mean()), float(found["lpips"].mean())
-    plane(folder / "plane.png", [r for r in rows if r["index"] in sample], frontier, f"{title}, {len(sample)} images")
+    rows = [r for r in rows if r["index"] in sample]
+    frontier[100] = column(rows, "ldm", "psnr").mean(), column(rows, "ldm", "lpips").mean()
+    plane(folder / "plane.png", rows, frontier, f"{title}\nplane of {len(sample)} of these images")
     return ["figure.png", "edit.png", "plane.png"]
 
 
@@ -610,7 +612,8 @@ def super_resolve_files(args: Args, files: list[Path], mdp: Denoising, agent) ->
         except OSError as error:
             stop(f"{target}: cannot be written ({error.strerror or error}); name another folder with --output")
         finally:
-            part.unlink(missing_ok=True)
+            if part.is_file():
+                part.unlink()
         written += 1
         seconds = time.perf_counter() - began
         say(f"{target}: {lr.shape[2]} x {lr.shape[1]} -> {sr.shape[2]} x {sr.shape[1]} px in {seconds:.1f} s{notes}")
