@@ -35,7 +35,7 @@ METHODS = {
     "bicubic": "bicubic",
     "ldm": "LDM without RL, 100 steps",
     "ldm_same_calls": "LDM without RL, the agent's calls",
-    "ldm_consistent": "the same, with consistency",
+    "ldm_consistent": "LDM without RL, consistent too",
     "agent": "LDM with RL",
     "reward_gradient": "the reward's gradient, no RL",
     "autoencoder": "autoencoder (ceiling)",
