@@ -328,7 +328,7 @@ def main(args: Args) -> None:
 
         # a pool of encoded crops, a quarter of a batch of which is renewed at every step: a crop is seen about
         # four times, each time with other noise, and the encoder costs a quarter of what it would
-        pool = [torch.cat(parts) for parts in zip(*(encode_crops(64) for _ in range(64)))]
+        pool = [torch.cat(parts) for parts in zip(*(encode_crops(2 * args.batch_unet) for _ in range(64)))]
 
         def loss_of_unet():
             renew = args.batch_unet // 4
@@ -350,7 +350,7 @@ def main(args: Args) -> None:
 
     if args.minutes_decoder > 0:
         vae.requires_grad_(True), vae.encoder.requires_grad_(False), unet.requires_grad_(False)
-        decode, choices, share, turn = compiled(vae.decode), (1, 3, 10, 30), 96, 0
+        decode, choices, share, turn = compiled(vae.decode), (1, 3, 10, 30), 6 * args.batch_decoder, 0
 
         @torch.no_grad()
         def sampled_crops(n: int, calls: int):

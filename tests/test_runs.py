@@ -242,7 +242,7 @@ def test_the_shipped_agent_keeps_its_gain_over_the_plain_ldm(tmp_path):
 
 def test_pretraining_writes_an_ldm_that_loads_and_goes_on_where_it_stopped(tmp_path):
     folder = tmp_path / "ldm"
-    flags = ["--dataset", "runs/scenes", "--output", folder, "--crop", "64", "--batch-unet", "8", "--report-images", "2"]
+    flags = ["--dataset", "runs/scenes", "--output", folder, "--crop", "64", "--batch-unet", "8", "--batch-decoder", "4", "--report-images", "2"]
     said = run("pretrain_ldm.py", *flags, "--minutes-autoencoder", "0.03", "--minutes-unet", "0.03", "--minutes-decoder", "0.03")
     assert "plain DDIM, 100 step(s)" in said and "PCA of 4 x 4 patches, 8 channels" in said and "grid |" in said
     first = json.loads((folder / "training.json").read_text())
