@@ -380,21 +380,29 @@ def pictures(folder: Path, mdp, images: orl.Images, reward, agent, rows, args: A
 
 
 def reward_curve(path: Path, run: Path) -> bool:
-    """Fig. 3 of the paper: the training reward over environment steps, from the run's TensorBoard events."""
+    """Fig. 3 of the paper: the reward over environment steps, from the run's events and those of folders within it.
+
+    Such a folder, seed_43 or reward_gradient say, is one more line: its held-out reward.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events, plt = EventAccumulator(str(run), size_guidance={"scalars": 0}), pyplot()
-    events.Reload()
-    if "charts/episodic_return" not in events.Tags()["scalars"]:
+    plt, others = pyplot(), sorted({file.parent for file in run.glob("*/events.*")})
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    lines = [
+        (run, "charts/episodic_return", "training images, one iteration", {"color": "0.8", "linewidth": 0.8}),
+        (run, "eval/reward_plain", "held-out images: plain LDM, consistent", {"color": "black", "linestyle": ":"}),
+        (run, "eval/reward_agent", "held-out images: agent", {"color": "black", "marker": "o", "markersize": 3}),
+    ]
+    styles = ({"linestyle": style, "linewidth": 1.2} for style in ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))))
+    lines += [(path, "eval/reward_agent", path.name.replace("_", " "), style) for path, style in zip(others, styles)]
+    for path, tag, label, style in lines:
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        events.Reload()
+        if tag in events.Tags()["scalars"]:
+            points = events.Scalars(tag)
+            ax.plot([p.step for p in points], [p.value for p in points], label=label, **style)
+    if not ax.lines:
         return False
-    fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for tag, label, style in (
-        ("charts/episodic_return", "training images, one iteration", {"color": "0.6"}),
-        ("eval/reward_agent", "held-out images, agent", {"color": "black", "marker": "o", "markersize": 3}),
-        ("eval/reward_plain", "held-out images, plain LDM", {"color": "black", "linestyle": ":"}),
-    ):
-        points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
-        ax.plot([p.step for p in points], [p.value for p in points], label=label, **style)
     ax.set(xlabel="environment steps (denoiser calls)", ylabel="reward of an image", title="Reward (paper: Fig. 3)")
     ax.grid(alpha=0.3), ax.legend(frameon=False)
     fig.savefig(path, dpi=170)

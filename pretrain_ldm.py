@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution import LDMSuperResolutionPipeline
 from safetensors.torch import save
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -62,33 +64,18 @@ LATENT_CHANNELS = 8
 
 def make_autoencoder() -> nn.Module:
     """4x autoencoder of convolutional blocks with pixel-unshuffle shortcuts (arXiv 2410.10733), 1.7 M parameters."""
-    return AutoencoderDC(
-        latent_channels=LATENT_CHANNELS,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=(32, 64, 128),
-        decoder_block_out_channels=(32, 64, 128),
-        encoder_layers_per_block=(0, 1, 2),
-        decoder_layers_per_block=(0, 1, 2),
-        encoder_qkv_multiscales=((), (), ()),
-        decoder_qkv_multiscales=((), (), ()),
-        downsample_block_type="pixel_unshuffle",
-        upsample_block_type="pixel_shuffle",
-        scaling_factor=1.0,
-    )
+    layers = {"block_types": "ResBlock", "block_out_channels": (32, 64, 128), "layers_per_block": (0, 1, 2)}
+    layers["qkv_multiscales"] = ((), (), ())  # no attention
+    both = {f"{part}_{k}": v for part in ("encoder", "decoder") for k, v in layers.items()}
+    ends = {"downsample_block_type": "pixel_unshuffle", "upsample_block_type": "pixel_shuffle"}
+    return AutoencoderDC(latent_channels=LATENT_CHANNELS, scaling_factor=1.0, **both, **ends)
 
 
 def make_unet() -> nn.Module:
     """U-Net on latents and LR image (concatenated, as in CompVis' model), 5 M parameters."""
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=LATENT_CHANNELS + 3,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128, 160),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 3,
-        up_block_types=("UpBlock2D",) * 3,
-    )
+    c, widths = LATENT_CHANNELS, (64, 128, 160)
+    blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3, "layers_per_block": 1}
+    return UNet2DModel(sample_size=32, in_channels=c + 3, out_channels=c, block_out_channels=widths, **blocks)
 
 
 def make_scheduler():
@@ -134,43 +121,25 @@ class Crops:
         return torch.cat(batch)[:n].contiguous(memory_format=torch.channels_last)
 
 
-class Average:
-    """Exponential moving average of a model's weights, kept in float32."""
-
-    def __init__(self, model: nn.Module, decay: float = 0.999):
-        self.decay, self.steps = decay, 0
-        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.steps += 1
-        decay = min(self.decay, self.steps / (self.steps + 10))
-        for name, value in model.state_dict().items():
-            self.weights[name].lerp_(value, 1 - decay)
-
-
-def save_part(weights: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> None:
+def save_part(model: nn.Module, folder: Path) -> None:
     """Writes config.json and fp16 safetensors; a kill leaves the old file."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_config(folder)
-    half = {k: v.half().contiguous() for k, v in weights.items()}
+    half = {k: v.half().contiguous() for k, v in model.state_dict().items()}
     part = folder / "weights.part"
     part.write_bytes(save(half, {"format": "pt"}))
     part.replace(folder / "diffusion_pytorch_model.safetensors")
 
 
 def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch: int, folder: Path, writer, start):
-    """AdamW with warm-up, constant rate and a cosine end, for `minutes`; saves every five minutes.
+    """AdamW with warm-up, constant rate and a cosine end, for `minutes`; saves every five minutes -> samples seen.
 
-    Args:
-        loss_of: () -> (scalar loss, dict of figures for TensorBoard)
-        start: training samples seen before this stretch
-    Returns:
-        samples seen after it; the model then holds the averaged weights
+    loss_of: () -> (scalar loss, figures for the log); start: samples seen before. The model ends with the mean weights.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
-    average = Average(model)
+    # exponential moving average of the weights, shorter at first
+    average = AveragedModel(model, avg_fn=lambda mean, new, n: mean.lerp(new, 1 - min(0.999, n / (n + 10))))
     began = saved = time.time()
     seconds, seen, step, smoothed = minutes * 60, start, 0, None
     shape = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
@@ -179,14 +148,13 @@ def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch
         progress = (time.time() - began) / seconds
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 0.5) / 0.5))
         rate = lr * min(1, (step + 1) / 200) * (1 if progress < 0.5 else cosine)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         loss, figures = loss_of()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        average.update(model)
+        average.update_parameters(model)
         step, seen = step + 1, seen + batch
         if step % 50 == 0:
             value = loss.item()
@@ -200,10 +168,10 @@ def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch
             bar.set_postfix_str(f"loss {smoothed:.4f}, {seen} samples, {(seen - start) / (now - began):.0f}/s")
         if time.time() - saved > 300:
             saved = time.time()
-            save_part(average.weights, model, folder)
+            save_part(average.module, folder)
     bar.close()
-    model.load_state_dict(average.weights)
-    save_part(average.weights, model, folder)
+    model.load_state_dict(average.module.state_dict())
+    save_part(average.module, folder)
     return seen
 
 
@@ -270,13 +238,7 @@ def main(args: Args) -> None:
     scheduler = make_scheduler()
     output.mkdir(parents=True, exist_ok=True)
     scheduler.save_config(output / "scheduler")
-    index = {
-        "_class_name": "LDMSuperResolutionPipeline",
-        "vqvae": ["diffusers", "AutoencoderDC"],
-        "unet": ["diffusers", "UNet2DModel"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-    }
-    (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    LDMSuperResolutionPipeline(vqvae=vae, unet=unet, scheduler=scheduler).save_config(output)  # model_index.json
     writer = SummaryWriter(f"{output}_log")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     compiled = torch.compile if args.compile else (lambda module: module)

@@ -3,8 +3,8 @@
     python tests/reward_gradient.py --agent runs/orl_ldm --dataset data/paper8 --minutes 10
 
 It follows the plain LDM's steps (no noise scale, no stride: the number of calls has no gradient) and edits the last clean
-latent. Writes reward_gradient.safetensors into the run folder of the agent that it is compared with; eval_sr.py then
-shows it as a row.
+latent. Writes reward_gradient.safetensors and the curve of its held-out reward (reward_gradient/events.*, over denoiser
+calls) into the run folder of the agent that it is compared with; eval_sr.py then shows a row and a line.
 """
 
 import sys
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -47,31 +48,40 @@ def main(args: Args) -> None:
     trained = state["args"]
     ldm = orl.load_ldm(trained["ldm"], device)
     mdp, crop = orl.Denoising(ldm, trained["base_steps"], trained["max_calls"]), trained["crop"]
-    train = orl.load_images(args.dataset, "train", tuple(trained["scenes"]), crop, device)
+    scenes = tuple(trained["scenes"])
+    train, test = (orl.load_images(args.dataset, split, scenes, crop, device) for split in ("train", "test"))
+    shown = torch.linspace(0, len(test.files) - 1, trained["eval_images"] or len(test.files)).round().long().tolist()
+    held_out = torch.stack([test.centre(i, 4 * ldm.stride, crop) for i in shown])  # the images of the agent's curve
     reward = orl.Reward(orl.load_lpips(), device)
     torch.manual_seed(args.seed)
     with torch.no_grad():
         agent = orl.Agent(ldm.encode(train.crops(32, crop)).std(dim=(0, 2, 3))).to(device)
     agent.actor[-1].weight.data.zero_()  # the plain LDM's steps
     optimizer = torch.optim.Adam(agent.editor.parameters(), lr=args.learning_rate, eps=1e-5)
-    began, seconds, step = time.time(), 60 * args.minutes, 0
+    seconds, spent, step, calls, writer = 60 * args.minutes, 0.0, 0, 0, SummaryWriter(run / "reward_gradient")
     with tqdm(total=round(seconds), unit="s", dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {postfix}") as bar:
-        while (spent := time.time() - began) < seconds:
+        while spent < seconds:
+            began = time.perf_counter()
             optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.05, 1 - spent / seconds)
             hr = train.crops(args.batch, crop)
             lr = orl.downscale(hr)
             with torch.no_grad():
                 s, z = last_state(mdp, lr, torch.randn(len(lr), ldm.latent_channels, *lr.shape[-2:], device=device))
             edit = agent.edit_policy(*mdp.observe(s)).mean
-            found = reward(mdp.finish(z + edit, lr), hr, s.calls)["reward"].mean()
+            shift = torch.randint(8, (2,)).tolist()  # as the agent's environment does
+            found = reward(mdp.finish(z + edit, lr), hr, s.calls, shift)["reward"].mean()
             optimizer.zero_grad()
             (-found).backward()
             optimizer.step()
-            step += 1
-            bar.n = round(spent)
+            before, spent = spent, spent + time.perf_counter() - began  # the curve below takes no training time
+            step, calls, bar.n = step + 1, calls + int(s.calls.sum()), round(spent)
+            if spent // 120 > before // 120 or spent >= seconds:
+                held = orl.evaluate(mdp, held_out, reward, agent, trained["seed"])["reward"].mean()
+                writer.add_scalar("eval/reward_agent", float(held), calls)
             bar.set_postfix_str(f"{step} steps, reward {float(found.detach()):.4f}")
     orl.save_tensors(run / "reward_gradient.safetensors", agent.state_dict(), state | {"step": step})
-    print(f"{step} steps of {args.batch} images, written to {run}/reward_gradient.safetensors")
+    writer.close()
+    print(f"{step} steps of {args.batch} images, {calls} calls, held-out reward {float(held):.4f}; written to {run}")
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ def test_an_ldm_that_cannot_be_used_ends_in_one_sentence(tmp_path, capsys):
         orl.load_ldm(str(tmp_path / "ldm"), CPU)
 
 
-def test_an_ldm_with_bin_weights_alone_gives_the_same_images_and_says_so(tmp_path, capsys):
+def test_an_ldm_with_bin_weights_alone_gives_the_same_images(tmp_path):
     pipeline = tiny_ldm(tmp_path / "safe")
     pipeline.save_pretrained(tmp_path / "bin", safe_serialization=False)
     assert not list((tmp_path / "bin").glob("*/*.safetensors"))
@@ -290,7 +290,6 @@ def test_an_ldm_with_bin_weights_alone_gives_the_same_images_and_says_so(tmp_pat
         generator = torch.Generator().manual_seed(0)
         images.append(mdp.super_resolve(torch.rand(1, 3, 8, 8, generator=generator), torch.randn(1, 3, 8, 8, generator=generator))[0])
     assert torch.equal(*images) and images[0].std() > 0.01
-    assert "weights only" in capsys.readouterr().out
 
 
 def test_code_in_a_pickle_is_never_run(tmp_path, capsys):

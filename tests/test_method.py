@@ -233,6 +233,17 @@ def test_the_reward_is_table_1s_sum_of_terms_in_the_unit_interval():
     assert without["lpips"].isnan().all() and "reward/lpips" not in without
 
 
+def test_a_shift_moves_the_corner_of_lpips_alone():
+    class Net(torch.nn.Module):
+        def forward(self, a, b, normalize):
+            return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    reward, (hr, sr), calls = orl.Reward(Net(), CPU), torch.rand(2, 1, 3, 32, 32), torch.tensor([1.0])
+    whole, moved = reward(sr, hr, calls), reward(sr, hr, calls, (3, 7))
+    torch.testing.assert_close(moved["lpips"], (sr - hr)[..., 3:, 7:].abs().mean().view(1))
+    assert moved["lpips"] != whole["lpips"] and moved["psnr"] == whole["psnr"] and moved["ssim"] == whole["ssim"]
+
+
 def test_ssim_is_torchmetrics_ssim_for_any_size():
     from torchmetrics.functional.image import structural_similarity_index_measure as reference
 
