@@ -14,23 +14,29 @@ import csv
 import math
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import lpips
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib import pyplot as plt
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.image import visual_information_fidelity
 from tqdm import tqdm
 
+import lpips_weights
 import ppo_ldm_sr as orl
 from ppo_ldm_sr import Denoising, downscale, noise_for, say, stop, upscale
 
+plt.switch_backend("Agg")  # no screen is needed
 METHODS = {
     "bicubic": "bicubic",
     "ldm": "LDM without RL, 100 steps",
@@ -40,10 +46,10 @@ METHODS = {
     "reward_gradient": "the reward's gradient, no RL",
     "autoencoder": "autoencoder (ceiling)",
 }
-JUDGES = ("vif", "grid", "lpips_vgg")  # what the reward does not contain
+JUDGES = ("vif", "grid", "weave", "lpips_vgg")  # what the reward does not contain
 COLUMNS = ("scene", "image", "method", "psnr", "ssim", "lpips", *JUDGES, "calls", "seconds", "lr_psnr")
 COMPONENTS = ("noise", "stride")
-DIGITS = {"psnr": 3, "vif": 3, "grid": 1, "calls": 1, "seconds": 3, "lr_psnr": 1}  # of the tables; else 4
+DIGITS = {"psnr": 3, "vif": 3, "grid": 1, "weave": 3, "calls": 1, "seconds": 3, "lr_psnr": 1}  # of the tables; else 4
 BETTER = {"psnr": 1, "ssim": 1, "lpips": -1, "vif": 1, "reward": 1}  # the sign of an improvement
 
 
@@ -76,10 +82,6 @@ class Args:
 
 def load_vgg_judge(device: torch.device):
     """LPIPS on VGG16: from torch hub's cache or download, else the archive that lpips_weights.py knows, else None."""
-    import lpips
-
-    import lpips_weights
-
     file = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
     try:
         if file.is_file():
@@ -97,11 +99,15 @@ def load_vgg_judge(device: torch.device):
     return net.to(device).eval().requires_grad_(False)
 
 
+def high_pass(image: torch.Tensor) -> torch.Tensor:
+    """Images (n, 3, H, W) -> luminance minus its 5 x 5 mean, without 8 px of border: (n, 1, H - 16, W - 16)."""
+    grey = image.mean(1, keepdim=True)
+    return (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[..., 8:-8, 8:-8]
+
+
 def mean_cell(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (n, 3, H, W) -> mean (n, 16) of their 4 x 4 px cells (n, 16, cells): high-pass, each of energy 1."""
-    grey = image.mean(1, keepdim=True)
-    high = grey - F.avg_pool2d(grey, 5, stride=1, padding=2)
-    cells = F.pixel_unshuffle(high[..., 8:-8, 8:-8], 4).flatten(2)
+    cells = F.pixel_unshuffle(high_pass(image), 4).flatten(2)
     cells = cells / (cells.square().mean(1, keepdim=True).sqrt() + 0.002)
     return cells.mean(2), cells
 
@@ -112,10 +118,20 @@ def grid(image: torch.Tensor) -> torch.Tensor:
     return mean.var(1, correction=0) * cells.shape[2] / (cells.var(dim=(1, 2), correction=0) + 1e-9)
 
 
+def weave(image: torch.Tensor) -> torch.Tensor:
+    """Autocorrelation of the high-pass luminance at two latent cells, 8 px, (n,) in [-1, 1]: about 0 in nature.
+
+    It sees the pattern that `grid` does not, since its sign changes from cell to cell.
+    """
+    high = high_pass(image)
+    lags = (high[..., 8:, :] * high[..., :-8, :], high[..., 8:] * high[..., :-8])
+    return sum(lag.mean(dim=(1, 2, 3)) for lag in lags) / (2 * high.square().mean(dim=(1, 2, 3)) + 1e-9)
+
+
 def judge(reward: orl.Reward, sr: torch.Tensor, hr: torch.Tensor, calls: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the reward says of SR (n, 3, H, W) in [0, 1], and what it does not contain: VIF, grid; (n,) each."""
+    """What the reward says of SR (n, 3, H, W) in [0, 1], and what it does not contain: VIF, grid, weave; (n,) each."""
     vif = visual_information_fidelity(255 * sr, 255 * hr, reduction="none")
-    return reward(sr, hr, calls.float()) | {"vif": vif, "grid": grid(sr)}
+    return reward(sr, hr, calls.float()) | {"vif": vif, "grid": grid(sr), "weave": weave(sr)}
 
 
 def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
@@ -215,8 +231,8 @@ def table(rows, decisions: list[dict], scenes: list[str], title: str) -> str:
         lines.append(cells)
     header = ["scene", "images", *(f"{k} without → with" for k in ("PSNR (dB)", "SSIM", "LPIPS", "calls"))]
     text = [f"# {title}", "", "## With and without RL (the paper's Table 2)", "", *markdown(header, lines)]
-    header = ["method", "PSNR (dB)", "SSIM", "LPIPS", "VIF", "grid", "LPIPS-VGG", "calls", "s/image", "LR PSNR (dB)"]
-    header += ["reward"]
+    header = ["method", "PSNR (dB)", "SSIM", "LPIPS", "VIF", "grid", "weave", "LPIPS-VGG", "calls", "s/image"]
+    header += ["LR PSNR (dB)", "reward"]
     keys = ("psnr", "ssim", "lpips", *JUDGES, "calls", "seconds", "lr_psnr", "reward")
     for scene in [None, *scenes]:
         lines = []
@@ -260,16 +276,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def pyplot():
-    """matplotlib's pyplot, on any machine without a screen; imported only where a picture is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def array(image: torch.Tensor) -> np.ndarray:
     """(1, c, h, w) -> (h, w, c) on the CPU."""
     return image[0].permute(1, 2, 0).float().cpu().numpy()
@@ -280,7 +286,6 @@ def panels(path: Path, lines: list[dict], title: str) -> None:
 
     lines: {"label", "hr": (1, 3, H, W), "panels": {name: (image (1, 3, h, w) in [0, 1] or map (1, 1, h, w), caption)}}
     """
-    plt = pyplot()
     columns = len(lines[0]["panels"])
     size = (2.25 * columns, 2.5 * len(lines))
     fig, axes = plt.subplots(len(lines), columns, figsize=size, squeeze=False, layout="constrained")
@@ -313,7 +318,6 @@ def panels(path: Path, lines: list[dict], title: str) -> None:
 
 def plane(path: Path, rows: list[dict], frontier: dict[int, tuple[float, float]], title: str) -> None:
     """The distortion-perception plane: PSNR against LPIPS of every method, and of the plain LDM at 1 to 100 calls."""
-    plt = pyplot()
     fig, ax = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
     ax.plot(*zip(*frontier.values()), color="0.6", marker=".", label="plain LDM, by calls")
     for calls, point in frontier.items():
@@ -384,9 +388,7 @@ def reward_curve(path: Path, run: Path) -> bool:
 
     Such a folder, seed_43 or reward_gradient say, is one more line: its held-out reward.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    plt, others = pyplot(), sorted({file.parent for file in run.glob("*/events.*")})
+    others = sorted({file.parent for file in run.glob("*/events.*")})
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     lines = [
         (run, "charts/episodic_return", "training images, one iteration", {"color": "0.8", "linewidth": 0.8}),
@@ -506,8 +508,6 @@ def open_geotiff(file: Path):
             if 34735 in image.tag_v2:
                 say(f"{file}: taken as a picture, its coordinates are left out; pip install rasterio keeps them")
         return None
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         source = rasterio.open(file)

@@ -71,21 +71,21 @@ class Args:
     base_steps: int = 3  # steps of the plain DDIM schedule that a zero action follows
     max_calls: int = 5  # denoiser calls an image may cost; the last one jumps to the clean latent
     eval_images: int = 32  # held-out images of the curves (0: all)
-    eval_every: int = 20  # iterations between two evaluations of the agent
+    eval_every: int = 50  # iterations between two evaluations of the agent
     # PPO; where Table 1 of the paper gives a value, it is the default
     total_timesteps: int | None = None  # denoiser calls (None: Table 1's 1,000,000 on CUDA, 16,000 on a CPU)
     learning_rate: float = 1e-3  # learning rate of Adam, annealed to zero (Table 1: 3e-4, slower here)
-    num_envs: int = 25  # images denoised in lockstep, over all processes
-    num_steps: int = 10  # steps of each slot per iteration; 25 x 10 = 250 (Table 1: 1000 an epoch, 4 policy updates)
+    num_envs: int = 8  # images denoised in lockstep, over all processes
+    num_steps: int = 10  # steps of each slot per iteration; 8 x 10 = 80 (Table 1: 1000 an epoch, 4 policy updates)
     gamma: float = 0.99  # discount (Table 1: 0.99)
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation (Table 1: 0.95)
-    minibatch_size: int = 64  # transitions of one gradient step (Table 1: batch size 64), over all processes
+    minibatch_size: int = 20  # transitions of one gradient step, over all processes (Table 1: 64, slower here)
     update_epochs: int = 4  # passes over an iteration's transitions
     clip_coef: float = 0.2  # clip of the surrogates (Table 1: 0.2)
     ent_coef: float = 0.0  # coefficient of the entropy of noise and stride
     vf_coef: float = 0.5  # value coefficient (Table 1: 0.5)
     max_grad_norm: float = 0.5  # gradient clip
-    edit_std: float = 0.12  # initial standard deviation of an edit, in units of the latent's spread
+    edit_std: float = 0.12  # standard deviation of an edit in the latent's spread, annealed to a quarter
     reward_scale: float = 50.0  # factor on the reward, so that returns are of order 1 for the critic
 
 
@@ -675,7 +675,7 @@ class Agent(nn.Module):
         self.actor, self.editor = image_net(3 * c + 7, 2, std=0.01), cell_net(3 * c + 7, c)
         self.critic = image_net(3 * c + 13, 1, std=1.0)
         self.logstd = nn.Parameter(torch.full((2,), -0.5))  # free of the state
-        self.edit_logstd = nn.Parameter((edit_std * spread).log().view(-1, 1, 1))
+        self.register_buffer("edit_logstd", (edit_std * spread).log().view(-1, 1, 1))  # annealed, not learned
 
     def features(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Maps (n, m, h, w) in units of their spread, bounded, and numbers (n, k) in every cell: (n, m + k, h, w)."""
@@ -871,8 +871,9 @@ def main(args: Args) -> None:
     if min(iterations, args.base_steps, args.max_calls) < 1 or args.minibatch_size > per_iteration:
         stop(f"--total-timesteps, --minibatch-size: an iteration is --num-envs x --num-steps = {per_iteration} steps; "
              "--base-steps and --max-calls must be at least 1")  # fmt: skip
-    if args.max_calls > args.num_steps or args.num_envs % world:
-        stop(f"--num-steps must not be below --max-calls, --num-envs a multiple of the {world} process(es)")
+    if args.max_calls > min(args.num_steps, args.minibatch_size // (2 * world)) or args.num_envs % world:
+        stop("--max-calls must not be above --num-steps nor half of a process's share of --minibatch-size (in each an "
+             f"image must end); --num-envs must be a multiple of the {world} process(es)")  # fmt: skip
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -925,7 +926,10 @@ def main(args: Args) -> None:
         for iteration in range(first, iterations):
             began, step, last = time.perf_counter(), (iteration + 1) * per_iteration, iteration + 1 == iterations
             seed = (args.seed * 100_003 + iteration) * 1009 + rank  # so a resume needs weights, Adam and a number alone
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / iterations)
+            left = 1 - iteration / iterations
+            optimizer.param_groups[0]["lr"] = args.learning_rate * left
+            # choice: an edit's spread is annealed, not learned: learned, it shrinks until the clip lets no mean move
+            agent.edit_logstd.copy_((args.edit_std * (0.25 + 0.75 * left) * agent.spread).log())
             batch, next_value, edits, infos = rollout(env, agent, args.num_steps, seed)
             if not (batch["maps"].isfinite().all() and edits["credits"].isfinite().all()):
                 stop(f"NaN or infinity from the LDM before step {step}; {run} keeps the checkpoint before it")

@@ -277,6 +277,16 @@ def test_grid_is_about_one_for_noise_and_far_above_ten_for_a_faint_pattern():
     assert eval_sr.grid(smooth + pattern + 0.02 * torch.randn(2, 1, 128, 128)).min() > 1  # drowned in texture
 
 
+def test_weave_sees_a_pattern_that_changes_its_sign_from_cell_to_cell_where_grid_does_not():
+    torch.manual_seed(0)
+    cell, noise = torch.randn(4, 4), torch.randn(2, 1, 128, 128)
+    signs = 1 - 2 * ((torch.arange(32).view(-1, 1) + torch.arange(32)) % 2).float()
+    pattern = torch.kron(signs, cell)
+    assert eval_sr.weave(0.5 + 0.1 * noise.expand(-1, 3, -1, -1)).abs().max() < 0.03
+    woven = (0.5 + 0.1 * (noise + 0.5 * pattern)).expand(-1, 3, -1, -1)
+    assert eval_sr.weave(woven).min() > 0.1 and eval_sr.grid(woven).max() < 3
+
+
 # ---------------------------------------------------------------- credit
 
 

@@ -65,7 +65,7 @@ def test_a_run_on_synthetic_scenes_writes_events_checkpoint_and_table(trained):
 def test_the_csv_has_the_promised_columns_methods_and_one_line_per_image_and_method(trained):
     with open(trained[0] / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["scene", "image", "method", "psnr", "ssim", "lpips", "vif", "grid", "lpips_vgg", "calls", "seconds", "lr_psnr"]
+    assert list(rows[0]) == ["scene", "image", "method", "psnr", "ssim", "lpips", "vif", "grid", "weave", "lpips_vgg", "calls", "seconds", "lr_psnr"]
     methods = {"bicubic", "ldm", "ldm_same_calls", "ldm_consistent", "agent", "autoencoder"}
     assert {r["method"] for r in rows} == methods == set(eval_sr.METHODS) - {"reward_gradient"}
     assert len(rows) == 6 * 8  # one image a scene
@@ -166,6 +166,7 @@ def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tm
         (["--crop", "30", "--dataset", "runs/scenes"], "--crop 30"),
         (["--minibatch-size", "2000"], "--minibatch-size"),
         (["--base-steps", "0"], "at least 1"),
+        (["--max-calls", "11"], "--max-calls must not be above --num-steps"),
         (["--device", "cuda"], "--device cuda") if not torch.cuda.is_available() else (["--crop", "30"], "--crop 30"),
         (["--dataset", "nowhere/to/be/found"], "no such folder"),
         (["--dataset", "runs/scenes", "--scenes", "volcano"], "has no volcano"),
