@@ -391,22 +391,25 @@ def reward_curve(path: Path, run: Path) -> bool:
     others = sorted({file.parent for file in run.glob("*/events.*")})
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     lines = [
-        (run, "charts/episodic_return", "training images, one iteration", {"color": "0.8", "linewidth": 0.8}),
+        (run, "charts/episodic_return", "training images, running mean", {"color": "0.8"}),
         (run, "eval/reward_plain", "held-out images: plain LDM, consistent", {"color": "black", "linestyle": ":"}),
         (run, "eval/reward_agent", "held-out images: agent", {"color": "black", "marker": "o", "markersize": 3}),
     ]
-    styles = ({"linestyle": style, "linewidth": 1.2} for style in ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))))
-    lines += [(path, "eval/reward_agent", path.name.replace("_", " "), style) for path, style in zip(others, styles)]
-    for path, tag, label, style in lines:
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    for k, folder in enumerate(others):
+        style = {"linestyle": ("--", "-.", (0, (1, 1)))[k % 3], "color": f"C{k}"}
+        lines.append((folder, "eval/reward_agent", f"held-out images: {folder.name.replace('_', ' ')}", style))
+    for folder, tag, label, style in lines:
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
         if tag in events.Tags()["scalars"]:
             points = events.Scalars(tag)
-            ax.plot([p.step for p in points], [p.value for p in points], label=label, **style)
+            width = len(points) // 20 + 1 if tag.startswith("charts") else 1  # of the running mean
+            values = np.convolve([p.value for p in points], np.full(width, 1 / width), "valid")
+            ax.plot([p.step for p in points][width - 1 :], values, label=label, **style)
     if not ax.lines:
         return False
     ax.set(xlabel="environment steps (denoiser calls)", ylabel="reward of an image", title="Reward (paper: Fig. 3)")
-    ax.grid(alpha=0.3), ax.legend(frameon=False)
+    ax.grid(alpha=0.3), ax.legend(frameon=False, fontsize=8, loc="upper left")
     fig.savefig(path, dpi=170)
     plt.close(fig)
     return True
