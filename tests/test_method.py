@@ -331,7 +331,9 @@ def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
     assert error() > 0.99
     steps = {"maps": maps[None], "numbers": numbers[None], "detail": torch.zeros(1, 64, 3, 8, 8).half()}
     steps |= {k: torch.zeros(1, 64) for k in ("values", "advantages", "returns", "logprobs")} | {"actions": torch.zeros(1, 64, 2)}
-    for _ in range(40):
+    for left in torch.linspace(1, 0.025, 40).tolist():
+        optimizer.param_groups[0]["lr"] = args.learning_rate * left  # rate and spread are annealed, as in a run
+        agent.edit_logstd.fill_(math.log(0.3 * (0.25 + 0.75 * left)))
         with torch.no_grad():
             policy = agent.edit_policy(maps, numbers)
             edit = policy.sample()
