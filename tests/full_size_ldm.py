@@ -1,7 +1,8 @@
 """Writes an LDM of the configuration of CompVis/ldm-super-resolution-4x-openimages with random weights, for machines
 that cannot reach the Hub: what a run on the real one costs in seconds and memory, though not what it learns.
 
-    python tests/full_size_ldm.py full_size && python ppo_ldm_sr.py --ldm full_size --num-envs 5 --total-timesteps 150
+    python tests/full_size_ldm.py full_size
+    python ppo_ldm_sr.py --ldm full_size --num-envs 5 --num-steps 5 --minibatch-size 10 --total-timesteps 75 --eval-images 1
 """
 
 import sys
