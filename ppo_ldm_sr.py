@@ -946,7 +946,7 @@ def main(args: Args) -> None:
             noise, stride = action_values(batch["actions"].flatten(0, 1))
             log |= {"policy/noise": noise.mean(), "policy/stride": stride.mean()}
             log["policy/edit"] = edits["edits"].abs().mean()
-            log["policy/edit_std"] = agent.edit_logstd.detach().exp().mean()
+            log["policy/edit_std"] = agent.edit_logstd.exp().mean()
             log |= {"charts/SPS": per_iteration / seconds, "charts/update_over_rollout": seconds / (rolled - began) - 1}
             log["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             if last or (iteration + 1) % args.eval_every == 0:

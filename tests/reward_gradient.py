@@ -50,7 +50,8 @@ def main(args: Args) -> None:
     mdp, crop = orl.Denoising(ldm, trained["base_steps"], trained["max_calls"]), trained["crop"]
     scenes = tuple(trained["scenes"])
     train, test = (orl.load_images(args.dataset, split, scenes, crop, device) for split in ("train", "test"))
-    shown = torch.linspace(0, len(test.files) - 1, trained["eval_images"] or len(test.files)).round().long().tolist()
+    count = min(trained["eval_images"] or len(test.files), len(test.files))
+    shown = torch.linspace(0, len(test.files) - 1, count).round().long().tolist()
     held_out = torch.stack([test.centre(i, 4 * ldm.stride, crop) for i in shown])  # the images of the agent's curve
     reward = orl.Reward(orl.load_lpips(), device)
     torch.manual_seed(args.seed)
