@@ -119,13 +119,15 @@ def grid(image: torch.Tensor) -> torch.Tensor:
 
 
 def weave(image: torch.Tensor) -> torch.Tensor:
-    """Autocorrelation of the high-pass luminance at two latent cells, 8 px, (n,) in [-1, 1]: about 0 in nature.
+    """Largest autocorrelation of the high-pass luminance at 5 to 12 px, (n,) in [-1, 1]: a pattern of any such period.
 
-    It sees the pattern that `grid` does not, since its sign changes from cell to cell.
+    It sees what `grid` does not: a pattern whose sign or phase changes from cell to cell.
     """
-    high = high_pass(image)
-    lags = (high[..., 8:, :] * high[..., :-8, :], high[..., 8:] * high[..., :-8])
-    return sum(lag.mean(dim=(1, 2, 3)) for lag in lags) / (2 * high.square().mean(dim=(1, 2, 3)) + 1e-9)
+    high, found = high_pass(image), []
+    for k in range(5, 13):
+        pairs = high[..., k:, :] * high[..., :-k, :], high[..., k:] * high[..., :-k]
+        found.append(sum(pair.mean(dim=(1, 2, 3)) for pair in pairs) / 2)
+    return torch.stack(found).amax(0) / (high.square().mean(dim=(1, 2, 3)) + 1e-9)
 
 
 def judge(reward: orl.Reward, sr: torch.Tensor, hr: torch.Tensor, calls: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -454,8 +456,8 @@ class TiledLDM(orl.LDM):
         return total / weight
 
     def predict(self, z, t, lr):
-        both = self.blended(lambda z, lr: torch.cat(self.ldm.predict(z, t.expand(len(z)), lr), dim=1), 1, z, lr)
-        return both.chunk(2, dim=1)
+        found = self.blended(lambda z, lr: torch.cat(self.ldm.predict(z, t.expand(len(z)), lr), dim=1), 1, z, lr)
+        return found.split([self.latent_channels, self.latent_channels, self.hidden_channels], dim=1)
 
     def decode(self, z):
         return self.blended(self.ldm.decode, 4, z)
@@ -641,7 +643,7 @@ def load_agent(run: Path, ldm: orl.LDM, name: str = "agent.safetensors") -> orl.
     if state["ldm"] != ldm.fingerprint():
         ldm_name = f"{state['args']['ldm']}, fingerprint {state['ldm']}"
         stop(f"{run}: its agent was trained for another LDM ({ldm_name}); give that with --ldm")
-    agent = orl.Agent(torch.ones(ldm.latent_channels))
+    agent = orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels)
     try:
         agent.load_state_dict(tensors)
     except RuntimeError:

@@ -8,7 +8,7 @@ super-resolution of remote-sensing images.
 One step of the environment, for every image of a batch (a slot):
 
     latent z_t, LR image --U-Net--> clean latent x0, noise                       one denoiser call
-    state  = (z_t, x0, x0 - x0 of the first call, LR image; t, calls)
+    state  = (z_t, x0, x0 - x0 of the first call, LR image; t, calls); the editor also sees the U-Net's last hidden maps
     action = (noise, stride) ~ actor(state)           zero: the plain LDM        credit: the image's advantage (GAE)
     z_t'   = sqrt(a_t') x0 + sqrt(1 - a_t') noise_scale noise                    DDIM step, t' = t - stride T / steps
     t' < 0, or the calls are spent: the image ends
@@ -73,8 +73,9 @@ class Args:
     eval_images: int = 32  # held-out images of the curves (0: all)
     eval_every: int = 50  # iterations between two evaluations of the agent
     # PPO; where Table 1 of the paper gives a value, it is the default
-    total_timesteps: int | None = None  # denoiser calls (None: Table 1's 1,000,000 on CUDA, 16,000 on a CPU)
-    learning_rate: float = 1e-3  # learning rate of Adam, annealed to zero (Table 1: 3e-4, slower here)
+    total_timesteps: int | None = None  # denoiser calls (None: Table 1's 1,000,000 on CUDA, 12,000 on a CPU)
+    learning_rate: float = 1e-3  # of editor and critic, annealed to zero (Table 1: 3e-4, slower here)
+    actor_learning_rate: float = 1e-3  # of noise and stride, annealed too; beyond 50,000 steps Table 1's 3e-4
     num_envs: int = 8  # images denoised in lockstep, over all processes
     num_steps: int = 10  # steps of each slot per iteration; 8 x 10 = 80 (Table 1: 1000 an epoch, 4 policy updates)
     gamma: float = 0.99  # discount (Table 1: 0.99)
@@ -201,6 +202,12 @@ class Images:
         top, left = ((side - cut) // 2 for side, cut in zip(self.pixels[i].shape[1:], (h, w)))
         return self.pixels[i][:, top : top + h, left : left + w].float() / 255
 
+    def centres(self, count: int, size: int) -> torch.Tensor:
+        """Centres of `count` images (0: all) spread over the split: (count, 3, size, size) in [0, 1]."""
+        count = min(count or len(self.files), len(self.files))
+        chosen = torch.linspace(0, len(self.files) - 1, count).round().long().tolist()
+        return torch.stack([self.centre(i, 1, size) for i in chosen])
+
     def crops(self, n: int, size: int) -> torch.Tensor:
         """Random crops of random images, flipped and turned by quarters: (n, 3, size, size) in [0, 1]."""
         crops = []
@@ -299,6 +306,9 @@ class LDM:
         self.unet, self.vqvae, self.scheduler, self.device = unet, vqvae, scheduler, device
         self.latent_channels = unet.config.out_channels
         self.stride = 2 ** (len(unet.config.block_out_channels) - 1)  # sides of the latent grid are multiples of it
+        # the maps that the U-Net's last convolution makes its output of are kept at every call
+        self.hidden_channels = unet.conv_out.in_channels
+        unet.conv_out.register_forward_pre_hook(lambda _, inputs: setattr(self, "hidden", inputs[0]))
         self.num_timesteps = scheduler.config.num_train_timesteps
         self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf  # of x0
         # alpha_bar of the timesteps 0 .. T-1, and last (index -1) that of the clean latent
@@ -318,8 +328,10 @@ class LDM:
             output = model(x.contiguous(memory_format=self.layout), *rest, return_dict=False)[0]
         return (output if isinstance(output, torch.Tensor) else output.mode()).float().contiguous()  # a density's mode
 
-    def predict(self, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One denoiser call: latents z (n, c, h, w) at timesteps t (n,), LR (n, 3, h, w) -> clean latents, noise."""
+    def predict(self, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One denoiser call: latents z (n, c, h, w) at timesteps t (n,), LR (n, 3, h, w) in [0, 1] -> clean latents and
+        noise (n, c, h, w), and the U-Net's last hidden maps (n, hidden_channels, h, w).
+        """
         output = self.run(self.unet, torch.cat([z, 2 * lr - 1], dim=1), t)
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         a, b = alpha.sqrt(), (1 - alpha).sqrt()  # z = a x0 + b noise
@@ -329,7 +341,7 @@ class LDM:
             x0, noise = a * z - b * output, a * output + b * z
         else:  # "sample"
             x0, noise = output, (z - a * output) / b
-        return x0.clamp(-self.limit, self.limit), noise
+        return x0.clamp(-self.limit, self.limit), noise, self.hidden.float().contiguous()
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (n, c, h, w) -> images (n, 3, 4h, 4w) in [0, 1]."""
@@ -482,6 +494,7 @@ class State:
     calls: torch.Tensor  # (n,) denoiser calls so far
     x0: torch.Tensor  # (n, c, h, w) clean latent that the last call predicts
     noise: torch.Tensor  # (n, c, h, w) noise that it predicts
+    hidden: torch.Tensor  # (n, k, h, w) the U-Net's last hidden maps, from which it predicts
     first: torch.Tensor  # (n, c, h, w) x0 of the first call, at pure noise: an estimate of the posterior mean
 
     def __getitem__(self, slots: torch.Tensor) -> "State":
@@ -504,14 +517,14 @@ class Denoising:
         Without t the first call, at pure noise.
         """
         t = torch.full((len(lr),), self.t_first, device=lr.device) if t is None else t
-        x0, noise = self.ldm.predict(z, t, lr)
+        x0, noise, hidden = self.ldm.predict(z, t, lr)
         calls = torch.ones_like(t) if calls is None else calls
-        return State(lr, z, t, calls, x0, noise, x0 if first is None else first)
+        return State(lr, z, t, calls, x0, noise, hidden, x0 if first is None else first)
 
     def observe(self, s: State) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the agent sees: maps on the latent grid (n, 3c + 3, h, w) in float16, and (n, 4) numbers in [-2, 2]."""
-        # choice: the state is z_t, x0, x0 - x0 of the first call, the LR image, the time and the calls spent
-        maps = torch.cat([s.z, s.x0, s.x0 - s.first, 2 * s.lr - 1], dim=1)
+        """What the agent sees: maps on the latent grid (n, 3c + 3 + k, h, w) in float16, (n, 4) numbers in [-2, 2]."""
+        # choice: the state is z_t, x0, x0 - x0 of the first call, LR image, the U-Net's last hidden maps, time, calls
+        maps = torch.cat([s.z, s.x0, s.x0 - s.first, 2 * s.lr - 1, s.hidden], dim=1)
         alpha = self.ldm.alphas[s.t]
         time_left, calls = s.t / self.ldm.num_timesteps, s.calls / self.max_calls
         return maps.half(), 4 * torch.stack([time_left, calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1).float() - 2
@@ -664,28 +677,39 @@ def cell_net(channels: int, outputs: int, width: int = 48, blocks: int = 4) -> n
 class Agent(nn.Module):
     """Independent actor, editor and critic (paper: section 2.1, Fig. 2). Untrained, its mean policy is the plain LDM.
 
-    spread (c,): the latent's standard deviation in each channel, by which features and edits are scaled.
+    spread (c,): the latent's standard deviation in each channel, by which features and edits are scaled; hidden: the
+    number of the U-Net's last hidden maps.
     """
 
-    def __init__(self, spread: torch.Tensor, edit_std: float = 0.12):
+    def __init__(self, spread: torch.Tensor, hidden: int, edit_std: float = 0.12):
         super().__init__()
         c, one = len(spread), torch.ones_like(spread)
+        self.visible = 3 * c + 3  # maps that actor and critic see
         self.register_buffer("spread", spread.view(-1, 1, 1))
-        self.register_buffer("scale", torch.cat([one, spread, spread, one[:1].repeat(3)]).view(-1, 1, 1))
-        self.actor, self.editor = image_net(3 * c + 7, 2, std=0.01), cell_net(3 * c + 7, c)
+        self.register_buffer("scale", torch.cat([one, spread, spread, one[:1].repeat(3 + hidden)]).view(-1, 1, 1))
+        # choice: the U-Net's hidden maps are the editor's alone: with them noise and stride learn no faster
+        self.actor, self.editor = image_net(3 * c + 7, 2, std=0.01), cell_net(3 * c + 7 + hidden, c)
         self.critic = image_net(3 * c + 13, 1, std=1.0)
         self.logstd = nn.Parameter(torch.full((2,), -0.5))  # free of the state
-        self.register_buffer("edit_logstd", (edit_std * spread).log().view(-1, 1, 1))  # annealed, not learned
+        self.register_buffer("edit_logstd", torch.zeros(c, 1, 1))
+        self.edit_std = edit_std
+        self.anneal(1.0)
+
+    def anneal(self, left: float) -> None:
+        """Sets the edits' standard deviation: edit_std of the latent's at first, a quarter of it when left is 0."""
+        # choice: an edit's spread is annealed, not learned: learned, it shrinks until the clip lets no mean move
+        self.edit_logstd.copy_((self.edit_std * (0.25 + 0.75 * left) * self.spread).log())
 
     def features(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Maps (n, m, h, w) in units of their spread, bounded, and numbers (n, k) in every cell: (n, m + k, h, w)."""
         numbers = numbers[..., None, None].expand(-1, -1, *maps.shape[2:])
-        features = torch.cat([(maps.float() / self.scale).clamp(-5, 5), numbers], dim=1)
+        features = torch.cat([(maps.float() / self.scale[: maps.shape[1]]).clamp(-5, 5), numbers], dim=1)
         return features.contiguous(memory_format=torch.channels_last)
 
     def policy(self, maps: torch.Tensor, numbers: torch.Tensor) -> Normal:
         """Distribution of the action (n, 2)."""
-        return Normal(self.actor(self.features(maps, numbers)), self.logstd.exp(), validate_args=False)
+        mean = self.actor(self.features(maps[:, : self.visible], numbers))
+        return Normal(mean, self.logstd.exp(), validate_args=False)
 
     def edit_policy(self, maps: torch.Tensor, numbers: torch.Tensor) -> Normal:
         """Distribution of the edit (n, c, h, w) in latent units, independent in every cell and channel."""
@@ -696,7 +720,7 @@ class Agent(nn.Module):
     def value(self, maps: torch.Tensor, numbers: torch.Tensor, detail: torch.Tensor) -> torch.Tensor:
         """(n,), from what the actor sees and the detail that the LR image lacks, (n, 3, h, w)."""
         energy = (detail.float().square().mean(dim=(2, 3)) + 1e-6).log()  # (n, 3): PSNR is a logarithm of it too
-        features = self.features(maps, torch.cat([numbers, energy], dim=1))
+        features = self.features(maps[:, : self.visible], torch.cat([numbers, energy], dim=1))
         return self.critic(torch.cat([features, 10 * detail.float()], dim=1)).squeeze(1)
 
 
@@ -864,7 +888,7 @@ def main(args: Args) -> None:
         args = Args(**saved | given)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device, per_iteration = pick_device(args.device), args.num_envs * args.num_steps
-    args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 16_000)
+    args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 12_000)
     iterations, first = args.total_timesteps // per_iteration, state["iteration"]
     if rank == 0 and args.run_dir and not args.resume and any(Path(args.run_dir).glob("*")):
         stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume {args.run_dir} or name another")
@@ -891,8 +915,10 @@ def main(args: Args) -> None:
     env = DenoisingEnv(mdp, train, reward, args.num_envs // world, args.crop)
     with torch.no_grad():
         spread = ldm.encode(train.crops(32, args.crop)).std(dim=(0, 2, 3))  # (c,)
-    agent = Agent(spread, args.edit_std).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    agent = Agent(spread, ldm.hidden_channels, args.edit_std).to(device)
+    steering = [*agent.actor.parameters(), agent.logstd]
+    learners = [{"params": [*agent.editor.parameters(), *agent.critic.parameters()]}, {"params": steering}]
+    optimizer = torch.optim.Adam(learners, eps=1e-5)
     if args.resume:
         agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
         slots = (("step", "exp_avg", "exp_avg_sq"), range(len(list(agent.parameters()))))
@@ -912,9 +938,7 @@ def main(args: Args) -> None:
         rows = "\n".join(f"|--{k.replace('_', '-')}|{v}|" for k, v in vars(args).items())
         text = f"`python {' '.join(sys.argv)}`\n\n|argument|value|\n|-|-|\n{rows}"
         writer.add_text("run", text, first * per_iteration)
-        count = min(args.eval_images or len(test.files), len(test.files))
-        shown = torch.linspace(0, len(test.files) - 1, count).round().long().tolist()
-        hr = torch.stack([test.centre(i, 4 * ldm.stride, args.crop) for i in shown])  # (count, 3, crop, crop)
+        hr = test.centres(args.eval_images, args.crop)  # (n, 3, crop, crop)
         plain = evaluate(mdp, hr, reward, None, args.seed)
         say(f"run: {run}, step {first * per_iteration} to {args.total_timesteps}; tensorboard --logdir {run.parent}")
     shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
@@ -927,9 +951,9 @@ def main(args: Args) -> None:
             began, step, last = time.perf_counter(), (iteration + 1) * per_iteration, iteration + 1 == iterations
             seed = (args.seed * 100_003 + iteration) * 1009 + rank  # so a resume needs weights, Adam and a number alone
             left = 1 - iteration / iterations
-            optimizer.param_groups[0]["lr"] = args.learning_rate * left
-            # choice: an edit's spread is annealed, not learned: learned, it shrinks until the clip lets no mean move
-            agent.edit_logstd.copy_((args.edit_std * (0.25 + 0.75 * left) * agent.spread).log())
+            for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.actor_learning_rate)):
+                group["lr"] = rate * left
+            agent.anneal(left)
             batch, next_value, edits, infos = rollout(env, agent, args.num_steps, seed)
             if not (batch["maps"].isfinite().all() and edits["credits"].isfinite().all()):
                 stop(f"NaN or infinity from the LDM before step {step}; {run} keeps the checkpoint before it")

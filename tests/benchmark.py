@@ -66,7 +66,7 @@ def main(args: Args) -> None:
             ldm.predict(z, t, lr)
 
     bare_calls(3), random_steps(3)
-    learner = orl.Agent(torch.ones(ldm.latent_channels)).to(device)
+    learner = orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels).to(device)
     optimizer = torch.optim.Adam(learner.parameters(), lr=settings.learning_rate, eps=1e-5)
     unet, environment, rollout, update, kept = [], [], [], [], []
     for seed in range(args.pairs):

@@ -50,13 +50,11 @@ def main(args: Args) -> None:
     mdp, crop = orl.Denoising(ldm, trained["base_steps"], trained["max_calls"]), trained["crop"]
     scenes = tuple(trained["scenes"])
     train, test = (orl.load_images(args.dataset, split, scenes, crop, device) for split in ("train", "test"))
-    count = min(trained["eval_images"] or len(test.files), len(test.files))
-    shown = torch.linspace(0, len(test.files) - 1, count).round().long().tolist()
-    held_out = torch.stack([test.centre(i, 4 * ldm.stride, crop) for i in shown])  # the images of the agent's curve
+    held_out = test.centres(trained["eval_images"], crop)  # the images of the agent's curve
     reward = orl.Reward(orl.load_lpips(), device)
     torch.manual_seed(args.seed)
     with torch.no_grad():
-        agent = orl.Agent(ldm.encode(train.crops(32, crop)).std(dim=(0, 2, 3))).to(device)
+        agent = orl.Agent(ldm.encode(train.crops(32, crop)).std(dim=(0, 2, 3)), ldm.hidden_channels).to(device)
     agent.actor[-1].weight.data.zero_()  # the plain LDM's steps
     optimizer = torch.optim.Adam(agent.editor.parameters(), lr=args.learning_rate, eps=1e-5)
     seconds, spent, step, calls, writer = 60 * args.minutes, 0.0, 0, 0, SummaryWriter(run / "reward_gradient")

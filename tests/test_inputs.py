@@ -306,7 +306,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path, capsys):
 
 def test_an_agent_of_another_ldm_or_version_is_refused(tmp_path, ldm_folder, capsys):
     ldm = orl.load_ldm(str(ldm_folder), CPU)
-    tensors = orl.Agent(torch.ones(3)).state_dict()
+    tensors = orl.Agent(torch.ones(3), 8).state_dict()
     state, file = {"ldm": ldm.fingerprint(), "args": {"ldm": "x"}}, tmp_path / "agent.safetensors"
     orl.save_tensors(file, tensors, state)
     assert eval_sr.load_agent(tmp_path, ldm) and file.stat().st_mode & 0o044 == 0o044  # colleagues may read it
@@ -382,7 +382,7 @@ def tool(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [(97, 61), (128, 127), (31, 200), (1, 1), (5, 300)])
 def test_the_result_is_exactly_four_times_as_large(tool, size):
-    sr = eval_sr.super_resolve_image(tool, orl.Agent(torch.ones(3)), torch.rand(3, *size), tile=64, batch_size=4, seed=0)
+    sr = eval_sr.super_resolve_image(tool, orl.Agent(torch.ones(3), 8), torch.rand(3, *size), tile=64, batch_size=4, seed=0)
     assert sr.shape == (3, 4 * size[0], 4 * size[1])
 
 
@@ -443,7 +443,7 @@ def test_no_seam_shows_between_tiles(kind):
 def test_files_that_are_no_images_are_named_and_none_at_all_is_an_error(tool, tmp_path, capsys):
     picture("RGBA", (20, 16)).save(tmp_path / "ä b.png")
     (tmp_path / "text.jpg").write_text("no image")
-    agent = orl.Agent(torch.ones(3))
+    agent = orl.Agent(torch.ones(3), 8)
 
     def super_resolve(*paths, **args):
         args = eval_sr.Args(images=tuple(map(str, paths)), **args)
@@ -464,7 +464,7 @@ def test_results_of_a_folder_keep_their_names_apart(tool, tmp_path, capsys):
     for name in ("a/x.png", "b/x.png", "b/x.tif"):
         tree(tmp_path / "in", name)
     args = eval_sr.Args(images=(str(tmp_path / "in"),), output=str(tmp_path / "out"))
-    eval_sr.super_resolve_files(args, eval_sr.list_images(args.images), tool, orl.Agent(torch.ones(3)))
+    eval_sr.super_resolve_files(args, eval_sr.list_images(args.images), tool, orl.Agent(torch.ones(3), 8))
     made = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
     assert made == ["a/x_sr.png", "b/x_png_sr.png", "b/x_tif_sr.png"]
 
@@ -492,7 +492,7 @@ def test_a_geotiff_keeps_corners_system_type_nodata_and_values(tool, tmp_path, d
     values[:, 10:20, 10:20] = nodata
     rasterio = geotiff(tmp_path / "a.tif", values, nodata)
     args = eval_sr.Args(images=(str(tmp_path / "a.tif"),))
-    eval_sr.super_resolve_files(args, eval_sr.list_images(args.images), tool, orl.Agent(torch.ones(3)))
+    eval_sr.super_resolve_files(args, eval_sr.list_images(args.images), tool, orl.Agent(torch.ones(3), 8))
     with rasterio.open(tmp_path / "a.tif") as lr, rasterio.open(tmp_path / "a_sr.tif") as sr:
         assert sr.bounds == lr.bounds and sr.crs == lr.crs and sr.nodata == lr.nodata and sr.dtypes[0] == dtype
         assert (sr.width, sr.height, sr.count) == (4 * lr.width, 4 * lr.height, 3) and sr.res == (0.5, 0.5)
@@ -519,7 +519,7 @@ def test_bands_and_scale_of_a_geotiff_can_be_chosen(tool, tmp_path, capsys):
         assert (low, high) == tuple(np.percentile(values[:3], (2, 98)))
     with stops_with(capsys, "none of the 1"):
         args = eval_sr.Args(images=(str(tmp_path / "a.tif"),), bands=(7, 2, 1))
-        eval_sr.super_resolve_files(args, eval_sr.list_images(args.images), tool, orl.Agent(torch.ones(3)))
+        eval_sr.super_resolve_files(args, eval_sr.list_images(args.images), tool, orl.Agent(torch.ones(3), 8))
 
 
 def test_without_rasterio_a_tiff_is_a_picture_or_a_sentence_that_asks_for_it(tool, tmp_path, monkeypatch, capsys):
@@ -527,7 +527,7 @@ def test_without_rasterio_a_tiff_is_a_picture_or_a_sentence_that_asks_for_it(too
     geotiff(tmp_path / "float.tif", scene("float32", 0.5))
     monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
     args = eval_sr.Args(images=(str(tmp_path),))
-    eval_sr.super_resolve_files(args, eval_sr.list_images(args.images), tool, orl.Agent(torch.ones(3)))
+    eval_sr.super_resolve_files(args, eval_sr.list_images(args.images), tool, orl.Agent(torch.ones(3), 8))
     said = capsys.readouterr().out
     assert Image.open(tmp_path / "eight_sr.png").size == (208, 160) and "coordinates are left out" in said
     assert "float.tif: skipped" in said and "pip install rasterio" in said
@@ -538,7 +538,7 @@ def test_without_rasterio_a_tiff_is_a_picture_or_a_sentence_that_asks_for_it(too
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
     """SIGKILL at 20 random moments of a process that does nothing but save."""
-    agent, file, steps = orl.Agent(torch.ones(8)), tmp_path / "checkpoint.safetensors", []
+    agent, file, steps = orl.Agent(torch.ones(8), 64), tmp_path / "checkpoint.safetensors", []
     for _ in range(20):
         if not (child := os.fork()):
             torch.set_num_threads(1)

@@ -51,7 +51,7 @@ def test_the_null_agent_is_the_stock_pipeline(tmp_path, prediction_type, spacing
 
 def test_an_untrained_agent_is_the_plain_ldm_with_consistency(tmp_path):
     mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), 3, 5)
-    lr, z, agent = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16), orl.Agent(torch.ones(3))
+    lr, z, agent = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16), orl.Agent(torch.ones(3), 8)
     action = agent.policy(*mdp.observe(mdp.call(lr, z))).mean
     assert action.abs().max() < 0.1 and agent.edit_policy(*mdp.observe(mdp.call(lr, z))).mean.abs().max() == 0
     agent.actor[-1].weight.data.zero_()
@@ -76,7 +76,8 @@ def test_our_ddim_step_is_the_schedulers_on_its_own_schedule(tmp_path, predictio
         with torch.no_grad():
             output = pipeline.unet(torch.cat([z, 2 * lr - 1], 1), at).sample
         expected = scheduler.step(output, t, z, eta=0.0).prev_sample
-        x0, noise = ldm.predict(z, at, lr)
+        x0, noise, hidden = ldm.predict(z, at, lr)
+        torch.testing.assert_close(pipeline.unet.conv_out(hidden), output, atol=1e-5, rtol=1e-5)  # what the editor sees
         after = ldm.alphas[t - 100 if t >= 100 else -1].view(1, 1, 1, 1)
         torch.testing.assert_close(orl.ddim_step(x0, noise, after), expected, atol=1e-5, rtol=1e-5)
         z = expected
@@ -132,7 +133,7 @@ def test_an_image_that_ends_early_leaves_the_others_to_go_on_and_each_gets_its_o
             return orl.Normal(mean, 1.0)
 
         def edit_policy(self, maps, numbers):
-            return orl.Normal(maps[:, -3:].float().mean(dim=(1, 2, 3), keepdim=True).expand(-1, 3, 16, 16), 1.0)
+            return orl.Normal(maps[:, 9:12].float().mean(dim=(1, 2, 3), keepdim=True).expand(-1, 3, 16, 16), 1.0)
 
     sr, calls, trace = mdp.super_resolve(lr, z, Steering())
     assert [slots.tolist() for slots, *_ in trace] == [[0, 1], [0, 1], [0, 1], [1], [1]]
@@ -174,7 +175,7 @@ def test_a_slot_that_ends_gets_the_next_image_at_once_and_others_go_on(ldm_folde
 
 
 def test_the_same_seed_gives_the_same_episodes(ldm_folder, image_folder):
-    agent, runs = orl.Agent(torch.ones(3)), []
+    agent, runs = orl.Agent(torch.ones(3), 8), []
     for seed in (3, 3, 4):
         batch, _, edits, _ = orl.rollout(make_env(ldm_folder, image_folder), agent, 6, seed)
         runs.append((batch["rewards"], edits["edits"]))
@@ -186,7 +187,7 @@ def test_the_same_seed_gives_the_same_episodes(ldm_folder, image_folder):
 def test_an_episode_of_the_environment_is_super_resolve(ldm_folder, image_folder):
     env = make_env(ldm_folder, image_folder)
     env.reset(1)
-    agent = orl.Agent(torch.ones(3))
+    agent = orl.Agent(torch.ones(3), 8)
     agent.editor[-1].bias.data.fill_(0.2)
     hr, lr, z = env.hr.clone(), env.state.lr.clone(), env.state.z.clone()
     sr, calls, _ = env.mdp.super_resolve(lr, z, agent)
@@ -277,7 +278,7 @@ def test_grid_is_about_one_for_noise_and_far_above_ten_for_a_faint_pattern():
     assert eval_sr.grid(smooth + pattern + 0.02 * torch.randn(2, 1, 128, 128)).min() > 1  # drowned in texture
 
 
-def test_weave_sees_a_pattern_that_changes_its_sign_from_cell_to_cell_where_grid_does_not():
+def test_weave_sees_a_pattern_that_grid_does_not():
     torch.manual_seed(0)
     cell, noise = torch.randn(4, 4), torch.randn(2, 1, 128, 128)
     signs = 1 - 2 * ((torch.arange(32).view(-1, 1) + torch.arange(32)) % 2).float()
@@ -285,6 +286,8 @@ def test_weave_sees_a_pattern_that_changes_its_sign_from_cell_to_cell_where_grid
     assert eval_sr.weave(0.5 + 0.1 * noise.expand(-1, 3, -1, -1)).abs().max() < 0.03
     woven = (0.5 + 0.1 * (noise + 0.5 * pattern)).expand(-1, 3, -1, -1)
     assert eval_sr.weave(woven).min() > 0.1 and eval_sr.grid(woven).max() < 3
+    wave = torch.sin(torch.arange(128) * 2 * math.pi / 6)  # a period of 6 px, which two cells of 4 px do not have
+    assert eval_sr.weave((0.5 + 0.1 * (noise + wave)).expand(-1, 3, -1, -1)).min() > 0.1
 
 
 # ---------------------------------------------------------------- credit
@@ -307,7 +310,7 @@ def test_the_credits_of_all_cells_sum_to_the_rewards_change_to_first_order(image
 
 
 def test_an_image_before_its_last_step_has_no_edit_and_the_editor_gets_no_gradient_from_it(ldm_folder, image_folder):
-    env, agent = make_env(ldm_folder, image_folder), orl.Agent(torch.ones(3))
+    env, agent = make_env(ldm_folder, image_folder), orl.Agent(torch.ones(3), 8)
     batch, _, edits, _ = orl.rollout(env, agent, 4, seed=0)
     assert len(edits["edits"]) == int(batch["dones"].sum()) < batch["dones"].numel()
     logprob = agent.policy(batch["maps"].flatten(0, 1), batch["numbers"].flatten(0, 1)).log_prob(batch["actions"].flatten(0, 1))
@@ -319,7 +322,7 @@ def test_an_image_before_its_last_step_has_no_edit_and_the_editor_gets_no_gradie
 def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
     """One-step episodes, R = -(edit - target)^2 a cell: the mean must become the target in every cell of every image."""
     torch.manual_seed(0)
-    args, agent = orl.Args(learning_rate=3e-3, minibatch_size=16), orl.Agent(torch.ones(1), edit_std=0.3)
+    args, agent = orl.Args(learning_rate=3e-3, minibatch_size=16), orl.Agent(torch.ones(1), 0, edit_std=0.3)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     maps, numbers = torch.randn(64, 6, 8, 8).half(), torch.zeros(64, 4)
     target = 0.5 * maps[:, :1].float().tanh() + 0.2 * maps[:, 1:2].float().clamp(-1, 1)
@@ -333,7 +336,7 @@ def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
     steps |= {k: torch.zeros(1, 64) for k in ("values", "advantages", "returns", "logprobs")} | {"actions": torch.zeros(1, 64, 2)}
     for left in torch.linspace(1, 0.025, 40).tolist():
         optimizer.param_groups[0]["lr"] = args.learning_rate * left  # rate and spread are annealed, as in a run
-        agent.edit_logstd.fill_(math.log(0.3 * (0.25 + 0.75 * left)))
+        agent.anneal(left)
         with torch.no_grad():
             policy = agent.edit_policy(maps, numbers)
             edit = policy.sample()
@@ -391,7 +394,7 @@ def test_ppo_raises_the_probability_of_good_actions_and_is_flat_outside_the_clip
 def test_ppo_solves_a_bandit_whose_best_action_is_known():
     """One-step episodes, reward -(a - target)^2: the mean policy must reach the target, also at a small scale."""
     torch.manual_seed(0)
-    args, agent, target = orl.Args(learning_rate=3e-3, minibatch_size=64), orl.Agent(torch.ones(1)), torch.tensor([0.6, -0.4])
+    args, agent, target = orl.Args(learning_rate=3e-3, minibatch_size=64), orl.Agent(torch.ones(1), 0), torch.tensor([0.6, -0.4])
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     maps, numbers, detail = torch.zeros(1, 256, 6, 8, 8).half(), torch.full((1, 256, 4), 0.5), torch.zeros(1, 256, 3, 8, 8).half()
     edits = {"maps": maps[0, :8], "numbers": numbers[0, :8]}
@@ -413,7 +416,7 @@ def test_ppo_solves_a_bandit_whose_best_action_is_known():
 def test_the_agent_learns_on_an_ldm_that_predicts_noise(ldm_folder, image_folder):
     """CompVis' kind: at pure noise its clean latent is noise divided by a small number, and nothing may rest on it."""
     env = make_env(ldm_folder, image_folder, num_envs=8, base_steps=2, max_calls=2)
-    args, agent = orl.Args(learning_rate=2e-3, minibatch_size=16), orl.Agent(torch.ones(3), edit_std=0.3)
+    args, agent = orl.Args(learning_rate=2e-3, minibatch_size=16), orl.Agent(torch.ones(3), 8, edit_std=0.3)
     assert env.mdp.ldm.scheduler.config.prediction_type == "epsilon"
     optimizer, rewards = torch.optim.Adam(agent.parameters(), lr=args.learning_rate), []
     for seed in range(12):
