@@ -998,6 +998,7 @@ def main(args: Args) -> None:
     if rank == 0 and table.is_file():
         writer.close()
         limit = ["--limit", str(-(-args.eval_images // len(test.scenes)))] if args.eval_images else []
+        limit += ["--scenes", *args.scenes] if args.scenes else []
         command = [sys.executable, str(table), "--agent", str(run), "--crop", str(args.crop), *limit]
         sys.exit(subprocess.run([*command, "--device", device.type]).returncode)
 

@@ -399,7 +399,7 @@ def test_ppo_solves_a_bandit_whose_best_action_is_known():
     maps, numbers, detail = torch.zeros(1, 256, 6, 8, 8).half(), torch.full((1, 256, 4), 0.5), torch.zeros(1, 256, 3, 8, 8).half()
     edits = {"maps": maps[0, :8], "numbers": numbers[0, :8]}
     edits |= {k: torch.zeros(8, 1, 8, 8) for k in ("edits", "logprobs", "credits")}
-    for _ in range(40):
+    for _ in range(25):
         with torch.no_grad():
             policy, value = agent.policy(maps[0], numbers[0]), agent.value(maps[0], numbers[0], detail[0])
             action = policy.sample()
