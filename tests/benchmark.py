@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                # the shipped LDM and agent on the synthetic scenes
 
-The last line is JSON: env_over_unet (environment steps with a random policy over bare U-Net calls of the same batch),
+The last line is JSON: rollout_over_unet (steps a second of a rollout over bare U-Net calls of the same batch),
 update_over_rollout (PPO update over the rollout before it), images_over_plain (one image by the agent over the plain
 loop of 100 steps with the same weights).
 """
@@ -25,7 +25,6 @@ import ppo_ldm_sr as orl  # noqa: E402
 @dataclass
 class Args:
     pairs: int = 5  # repeated pairs, of which the median is told
-    steps: int = 20  # steps of each slot in one measurement
     agent: str = "runs/orl_ldm"  # run folder of the agent
     dataset: str = "runs/scenes"  # images to train on
     device: str = "auto"  # auto, cpu or cuda
@@ -41,6 +40,10 @@ def seconds(function) -> float:
     return time.perf_counter() - began
 
 
+def noise(ldm: orl.LDM, n: int, side: int) -> torch.Tensor:
+    return torch.randn(n, ldm.latent_channels, side, side, device=ldm.device)
+
+
 def main(args: Args) -> None:
     device, run, settings = orl.pick_device(args.device), orl.locate(args.agent), orl.Args()
     _, state = orl.load_tensors(run / "agent.safetensors")
@@ -49,37 +52,30 @@ def main(args: Args) -> None:
     mdp = orl.Denoising(ldm, settings.base_steps, settings.max_calls)
     train = orl.load_images(args.dataset, "train", (), settings.crop, device)
     reward = orl.Reward(orl.load_lpips(), device)
-    env = orl.DenoisingEnv(mdp, train, reward, settings.num_envs, settings.crop)
-    env.reset(0)
-    s, n = env.state, settings.num_envs
-    z, lr, t = s.z.clone(), s.lr.clone(), s.t.clone()
+    n, calls = settings.num_envs, 3
+    s = mdp.call(torch.rand(n, 3, settings.crop // 4, settings.crop // 4, device=device), noise(ldm, n, settings.crop // 4))
 
     @torch.no_grad()
-    def random_steps(steps: int) -> None:
-        for _ in range(steps):
-            action = 0.6 * torch.randn(n, 2, device=device)
-            env.step(action, 0.1 * torch.randn(len(env.ends(action)), *z.shape[1:], device=device))
+    def bare_calls() -> None:
+        for _ in range(calls):
+            ldm.predict(s.z, s.t, s.lr)
 
-    @torch.no_grad()
-    def bare_calls(steps: int) -> None:
-        for _ in range(steps):
-            ldm.predict(z, t, lr)
-
-    bare_calls(3), random_steps(3)
     learner = orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels).to(device)
     optimizer = torch.optim.Adam(learner.parameters(), lr=settings.learning_rate, eps=1e-5)
-    unet, environment, rollout, update, kept = [], [], [], [], []
-    for seed in range(args.pairs):
-        unet.append(n * args.steps / seconds(lambda: bare_calls(args.steps)))
-        environment.append(n * args.steps / seconds(lambda: random_steps(args.steps)))
-        rollout.append(seconds(lambda seed=seed: kept.append(orl.rollout(env, learner, settings.num_steps, seed))))
-        batch, next_value, edits, infos = kept.pop()
-        batch["advantages"], batch["returns"] = orl.gae(50 * batch["rewards"], batch["values"], batch["dones"], next_value, 0.99, 0.95)
-        update.append(seconds(lambda batch=batch, edits=edits: orl.update(learner, optimizer, batch, edits, settings)))
-    per_iteration = n * settings.num_steps
-    ppo = [per_iteration / (a + b) for a, b in zip(rollout, update)]
-    print(f"U-Net {median(unet):.1f} calls/s; environment {median(environment):.1f} steps/s; PPO {median(ppo):.1f} steps/s; "
-          f"{per_iteration / len(edits['edits']):.1f} steps an episode")  # fmt: skip
+    unet, rollout, update, ppo = [], [], [], []
+    for seed in range(args.pairs + 1):  # the first one warms up
+        kept = []
+        bare = seconds(bare_calls)
+        rolled = seconds(lambda seed=seed, kept=kept: kept.append(orl.rollout(mdp, learner, reward, train, settings, seed)))
+        batch, edits, (rewards, values, dones, running), _ = kept.pop()
+        estimates = orl.gae(50 * rewards, values, dones, torch.zeros_like(values[0]), 0.99, 0.95)
+        batch |= {k: v[running] for k, v in zip(("advantages", "returns", "values"), (*estimates, values))}
+        updated = seconds(lambda batch=batch, edits=edits: orl.update(learner, optimizer, batch, edits, settings))
+        if seed:
+            steps = int(running.sum())
+            unet.append(n * calls / bare), rollout.append(steps / rolled)
+            update.append(updated / rolled), ppo.append(steps / (rolled + updated))
+    print(f"U-Net {median(unet):.1f} calls/s; rollout {median(rollout):.1f} steps/s; PPO {median(ppo):.1f} steps/s")
 
     lr = orl.downscale(orl.load_images(args.dataset, "test", (), 128, device).centre(0, 16)[None])[0]
     full, own, ours = orl.Denoising(ldm, 100, 100), orl.Denoising(ldm, state["args"]["base_steps"], state["args"]["max_calls"]), []
@@ -88,8 +84,8 @@ def main(args: Args) -> None:
         ours.append(seconds(lambda: eval_sr.super_resolve_image(full, None, lr, 128, 16, 0)) / by_agent)
     print(f"one image of {lr.shape[2]} x {lr.shape[1]} LR px: the agent is {median(ours):.1f} times as fast as 100 plain steps")
     figures = {
-        "env_over_unet": median(e / u for e, u in zip(environment, unet)),
-        "update_over_rollout": median(u / r for u, r in zip(update, rollout)),
+        "rollout_over_unet": median(r / u for r, u in zip(rollout, unet)),
+        "update_over_rollout": median(update),
         "images_over_plain": median(ours),
     }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -2,7 +2,7 @@
 that cannot reach the Hub: what a run on the real one costs in seconds and memory, though not what it learns.
 
     python tests/full_size_ldm.py full_size
-    python ppo_ldm_sr.py --ldm full_size --num-envs 5 --num-steps 5 --minibatch-size 10 --total-timesteps 75 --eval-images 1
+    python ppo_ldm_sr.py --ldm full_size --num-envs 8 --total-timesteps 75 --eval-images 1
 """
 
 import sys

@@ -15,8 +15,6 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from reward_gradient import last_state  # noqa: E402
-
 import ppo_ldm_sr as orl  # noqa: E402
 from eval_sr import judge  # noqa: E402
 
@@ -56,12 +54,12 @@ def main(args: Args) -> None:
             total = total + ten.super_resolve(lr, orl.noise_for(ldm, part, *lr.shape[-2:], 1 + k), consistent=False)[0]
         add("oracle of distortion: mean of 16 samples", total / 16, hr, 100)
         with torch.no_grad():
-            s, last = last_state(short, lr, z)
+            last, _, calls, _ = short.denoise(lr, z)
         edit = torch.zeros_like(last, requires_grad=True)
         optimizer = torch.optim.Adam([edit], lr=0.05)
         for _ in range(60):
             optimizer.zero_grad()
-            (-reward(short.finish(last + edit, lr), hr, s.calls)["reward"].sum()).backward()
+            (-reward(short.finish(last + edit, lr), hr, calls)["reward"].sum()).backward()
             optimizer.step()
         add("oracle of the reward: best edit of each image", short.finish(last + edit.detach(), lr), hr, 3)
     print(f"\n{images.title}, test split, {len(indices)} images\n\n| what | PSNR (dB) | SSIM | LPIPS | VIF | grid | reward |\n|---|---|---|---|---|---|---|")

@@ -32,16 +32,6 @@ class Args:
     seed: int = 42  # of weights, crops and noise
 
 
-def last_state(mdp: orl.Denoising, lr: torch.Tensor, z: torch.Tensor) -> tuple[orl.State, torch.Tensor]:
-    """The plain LDM's last state of LR (n, 3, h, w) from pure noise z (n, c, h, w), and its clean latents."""
-    s, zero = mdp.call(lr, z), torch.zeros(len(lr), 2, device=lr.device)
-    z, t, done = mdp.advance(s, zero)
-    while not done.all():
-        s = mdp.call(lr, z, t, s.calls + 1, s.first)
-        z, t, done = mdp.advance(s, zero)
-    return s, z
-
-
 def main(args: Args) -> None:
     device, run = orl.pick_device(args.device), orl.locate(args.agent)
     _, state = orl.load_tensors(run / "agent.safetensors")
@@ -65,15 +55,16 @@ def main(args: Args) -> None:
             hr = train.crops(args.batch, crop)
             lr = orl.downscale(hr)
             with torch.no_grad():
-                s, z = last_state(mdp, lr, torch.randn(len(lr), ldm.latent_channels, *lr.shape[-2:], device=device))
-            edit = agent.edit_policy(*mdp.observe(s)).mean
+                z = torch.randn(len(lr), ldm.latent_channels, *lr.shape[-2:], device=device)
+                z, observation, spent_calls, _ = mdp.denoise(lr, z)
+            edit = agent.edit_policy(*observation).mean
             shift = torch.randint(8, (2,)).tolist()  # as the agent's environment does
-            found = reward(mdp.finish(z + edit, lr), hr, s.calls, shift)["reward"].mean()
+            found = reward(mdp.finish(z + edit, lr), hr, spent_calls, shift)["reward"].mean()
             optimizer.zero_grad()
             (-found).backward()
             optimizer.step()
             before, spent = spent, spent + time.perf_counter() - began  # the curve below takes no training time
-            step, calls, bar.n = step + 1, calls + int(s.calls.sum()), round(spent)
+            step, calls, bar.n = step + 1, calls + int(spent_calls.sum()), round(spent)
             if spent // 120 > before // 120 or spent >= seconds:
                 held = orl.evaluate(mdp, held_out, reward, agent, trained["seed"])["reward"].mean()
                 writer.add_scalar("eval/reward_agent", float(held), calls)

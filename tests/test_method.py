@@ -42,7 +42,7 @@ def test_the_null_agent_is_the_stock_pipeline(tmp_path, prediction_type, spacing
     generator = torch.Generator().manual_seed(7)
     expected = pipeline(2 * lr - 1, num_inference_steps=steps, eta=0.0, generator=generator, output_type="np")
     z = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(7))
-    sr, calls, _ = orl.Denoising(ours, steps, 2 * steps).super_resolve(lr, z, None, consistent=False)
+    sr, calls, *_ = orl.Denoising(ours, steps, 2 * steps).super_resolve(lr, z, None, consistent=False)
     assert calls.tolist() == [steps, steps]
     images = torch.from_numpy(expected.images).permute(0, 3, 1, 2)
     assert images.std() > 0.01  # the comparison is not between two blanks
@@ -106,8 +106,8 @@ def test_an_adaptive_stride_follows_the_formula_exactly(tmp_path):
 @pytest.mark.parametrize("steps", [1, 3, 7, 100])
 def test_every_number_of_steps_costs_that_many_calls_with_budget_to_spare(tmp_path, steps, spacing):
     mdp = orl.Denoising(pieces(tiny_ldm(tmp_path, spacing=spacing)), steps, 2 * steps)
-    _, calls, trace = mdp.super_resolve(torch.rand(1, 3, 4, 4), torch.randn(1, 3, 4, 4))
-    assert int(calls) == steps and all(0 <= int(s.t) <= 999 for _, s, *_ in trace)
+    _, calls, _, taken = mdp.super_resolve(torch.rand(1, 3, 4, 4), torch.randn(1, 3, 4, 4))
+    assert int(calls) == len(taken) == steps and all(0 <= int(s.t) <= 999 for _, s, *_ in taken)
 
 
 def test_the_budget_of_calls_ends_an_episode_with_the_clean_latent(tmp_path):
@@ -135,79 +135,78 @@ def test_an_image_that_ends_early_leaves_the_others_to_go_on_and_each_gets_its_o
         def edit_policy(self, maps, numbers):
             return orl.Normal(maps[:, 9:12].float().mean(dim=(1, 2, 3), keepdim=True).expand(-1, 3, 16, 16), 1.0)
 
-    sr, calls, trace = mdp.super_resolve(lr, z, Steering())
-    assert [slots.tolist() for slots, *_ in trace] == [[0, 1], [0, 1], [0, 1], [1], [1]]
-    assert [ended.tolist() for *_, ended, _ in trace] == [[], [], [0], [], [1]] and calls.tolist() == [3, 5]
-    for slot, step in ((0, trace[2]), (1, trace[4])):  # as each would have been by itself
-        slots, s, action, ended, edit = step
+    sr, calls, edit, steps = mdp.super_resolve(lr, z, Steering())
+    assert [slots.tolist() for slots, *_ in steps] == [[0, 1], [0, 1], [0, 1], [1], [1]] and calls.tolist() == [3, 5]
+    for slot, (slots, s, _, _, action) in ((0, steps[2]), (1, steps[4])):  # as each would have been by itself
         own = slots.tolist().index(slot)
-        z_last = mdp.advance(s, action)[0][own : own + 1]
-        torch.testing.assert_close(edit.mean(), (2 * lr[slot] - 1).mean(), atol=1e-3, rtol=0)
-        torch.testing.assert_close(sr[slot : slot + 1], mdp.finish(z_last + edit, lr[slot : slot + 1]), atol=1e-4, rtol=1e-4)
+        z_last, own_lr = mdp.advance(s, action)[0][own : own + 1], lr[slot : slot + 1]
+        torch.testing.assert_close(edit[slot].mean(), (2 * lr[slot] - 1).mean(), atol=1e-3, rtol=0)
+        expected = mdp.finish(z_last + edit[slot], own_lr)
+        torch.testing.assert_close(sr[slot : slot + 1], expected, atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- environment, reward, judges
 
 
-def make_env(folder, images, num_envs=3, net=None, **mdp):
+def episodes(folder, images, seed, agent=None, num_envs=6, net=None, base_steps=4, max_calls=4):
+    """A rollout of these images and what it was made with: environment, agent, reward, images."""
     ldm = orl.load_ldm(str(folder), CPU)
     ldm.autocast = FP32
-    train = orl.load_images(str(images), "train", (), 32, CPU)
-    steps = {"base_steps": 4, "max_calls": 4, **mdp}
-    return orl.DenoisingEnv(orl.Denoising(ldm, **steps), train, orl.Reward(net, CPU), num_envs, 32)
+    train, mdp = orl.load_images(str(images), "train", (), 32, CPU), orl.Denoising(ldm, base_steps, max_calls)
+    agent, reward = agent or orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels), orl.Reward(net, CPU)
+    args = orl.Args(num_envs=num_envs, crop=32)
+    return orl.rollout(mdp, agent, reward, train, args, seed), (mdp, agent, reward, train, args)
 
 
-@torch.no_grad()
-def test_a_slot_that_ends_gets_the_next_image_at_once_and_others_go_on(ldm_folder, image_folder):
-    env = make_env(ldm_folder, image_folder, base_steps=2)
-    env.reset(0)
-    action = torch.zeros(3, 2)
-    action[0, 1] = stride(2.0)  # the first slot ends at once
-    before = env.hr.clone()
-    assert env.ends(action).tolist() == [0]
-    _, reward, terminated, truncated, info = env.step(action, torch.zeros(1, 3, 8, 8))
-    assert terminated.tolist() == [True, False, False] and not truncated.any()
-    assert reward[0] != 0 and reward[1:].abs().sum() == 0
-    assert not torch.equal(env.hr[0], before[0]) and torch.equal(env.hr[1:], before[1:])
-    assert env.state.calls.tolist() == [1, 2, 2] and int(env.state.t[0]) == env.mdp.t_first
-    assert torch.equal(env.state.first[0], env.state.x0[0]) and not torch.equal(env.state.first[1], env.state.x0[1])
-    assert torch.equal(env.state.lr[0], orl.downscale(env.hr[:1])[0]) and info["calls"].tolist() == [1]
+def test_a_rollout_denoises_every_image_to_its_end_and_pays_the_reward_there(ldm_folder, image_folder):
+    torch.manual_seed(0)
+    (batch, edits, (rewards, values, dones, running), infos), _ = episodes(ldm_folder, image_folder, seed=0)
+    assert dones.sum(0).tolist() == [1] * 6 and running.sum(0).tolist() == infos["calls"].tolist()
+    assert len(infos["calls"].unique()) > 1  # images of different lengths
+    for i, calls in enumerate(infos["calls"].long().tolist()):  # an image runs, ends, and is not touched again
+        assert running[:, i].tolist() == [True] * calls + [False] * (len(running) - calls) and dones[calls - 1, i]
+    assert (rewards != 0).equal(dones) and (values != 0).equal(running)
+    assert all(len(v) == running.sum() for v in batch.values()) and all(len(v) == 6 for v in edits.values())
 
 
 def test_the_same_seed_gives_the_same_episodes(ldm_folder, image_folder):
     agent, runs = orl.Agent(torch.ones(3), 8), []
     for seed in (3, 3, 4):
-        batch, _, edits, _ = orl.rollout(make_env(ldm_folder, image_folder), agent, 6, seed)
-        runs.append((batch["rewards"], edits["edits"]))
+        (_, edits, (rewards, *_), _), _ = episodes(ldm_folder, image_folder, seed, agent)
+        runs.append((rewards, edits["edits"]))
     assert all(torch.equal(a, b) for a, b in zip(*runs[:2])) and runs[0][0].abs().sum() > 0
-    assert not torch.equal(runs[0][0], runs[2][0])
+    assert runs[0][1].shape != runs[2][1].shape or not torch.equal(runs[0][1], runs[2][1])
 
 
-@torch.no_grad()
-def test_an_episode_of_the_environment_is_super_resolve(ldm_folder, image_folder):
-    env = make_env(ldm_folder, image_folder)
-    env.reset(1)
-    agent = orl.Agent(torch.ones(3), 8)
+def test_a_rollout_without_exploration_is_super_resolve_minus_bicubic(ldm_folder, image_folder):
+    torch.manual_seed(0)
+    agent, hr = orl.Agent(torch.ones(3), 8), []
     agent.editor[-1].bias.data.fill_(0.2)
-    hr, lr, z = env.hr.clone(), env.state.lr.clone(), env.state.z.clone()
-    sr, calls, _ = env.mdp.super_resolve(lr, z, agent)
-    expected, bicubic = env.reward(sr, hr, calls), env.reward(orl.upscale(lr).clamp(0, 1), hr, 0 * calls)
-    for _ in range(4):
-        maps, numbers, _ = env.observe()
-        action = agent.policy(maps, numbers).mean
-        ended = env.ends(action)
-        _, reward, done, _, info = env.step(action, agent.edit_policy(maps[ended], numbers[ended]).mean)
-    assert done.all()
-    torch.testing.assert_close(info["reward"], expected["reward"], atol=1e-3, rtol=0)
-    torch.testing.assert_close(reward, expected["reward"] - bicubic["reward"], atol=1e-3, rtol=0)
+    agent.logstd.data.fill_(-30), agent.edit_std.fill_(1e-9)
+
+    class Spy(orl.Reward):
+        def __call__(self, sr, target, calls, shift=(0, 0)):
+            hr.append(target)
+            return super().__call__(sr, target, calls, shift)
+
+    _, (mdp, _, _, train, args) = episodes(ldm_folder, image_folder, 1, agent)
+    _, _, (rewards, *_), infos = orl.rollout(mdp, agent, Spy(None, CPU), train, args, 1)
+    torch.manual_seed(1)  # the same draws: crops, which of them are smoothed, noise
+    train.crops(6, 32), torch.rand(6, 1, 1, 1)
+    lr = orl.downscale(hr[0])
+    sr, calls, edit, _ = mdp.super_resolve(lr, torch.randn(6, 3, 8, 8), agent)
+    expected, bicubic = orl.Reward(None, CPU)(sr, hr[0], calls), orl.Reward(None, CPU)(orl.upscale(lr).clamp(0, 1), hr[0], 0 * calls)
+    assert edit.abs().min() > 0.1 and infos["calls"].tolist() == calls.tolist()
+    torch.testing.assert_close(infos["reward"], expected["reward"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(rewards.sum(0), expected["reward"] - bicubic["reward"], atol=1e-5, rtol=0)
 
 
 def test_psnr_is_per_image_then_mean_whatever_the_batch():
-    hr = torch.full((2, 3, 16, 16), 0.0)
+    hr, reward = torch.full((2, 3, 16, 16), 0.0), orl.Reward(None, CPU)
     sr = torch.stack([torch.full((3, 16, 16), math.sqrt(0.1)), torch.full((3, 16, 16), math.sqrt(0.5))])
-    psnr = orl.peak_signal_to_noise_ratio(sr, hr)
+    psnr = reward(sr, hr, torch.ones(2))["psnr"]
     assert psnr.mean().item() == pytest.approx(6.505, abs=1e-3)  # the pooled error would give 5.229
-    alone = [orl.peak_signal_to_noise_ratio(sr[i : i + 1], hr[i : i + 1]) for i in (0, 1)]
+    alone = [reward(sr[i : i + 1], hr[i : i + 1], torch.ones(1))["psnr"] for i in (0, 1)]
     torch.testing.assert_close(torch.cat(alone), psnr)
 
 
@@ -245,22 +244,11 @@ def test_a_shift_moves_the_corner_of_lpips_alone():
     assert moved["lpips"] != whole["lpips"] and moved["psnr"] == whole["psnr"] and moved["ssim"] == whole["ssim"]
 
 
-def test_ssim_is_torchmetrics_ssim_for_any_size():
-    from torchmetrics.functional.image import structural_similarity_index_measure as reference
-
-    for size in ((128, 128), (97, 61), (16, 200)):
-        hr = torch.nn.functional.avg_pool2d(torch.rand(3, 3, *size), 5, stride=1, padding=2)
-        sr = (hr + torch.tensor([0.0, 0.02, 0.2]).view(3, 1, 1, 1) * torch.randn(3, 3, *size)).clamp(0, 1)
-        ours = orl.structural_similarity(sr, hr)
-        torch.testing.assert_close(ours, reference(sr, hr, data_range=1.0, reduction="none"), atol=1e-5, rtol=0)
-        assert ours[0] > ours[1] > ours[2]
-
-
 @pytest.mark.skipif(not (SHARED / "torch_home").is_dir(), reason="LPIPS's AlexNet is not on this machine")
 def test_lpips_is_torchmetrics_lpips():
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as reference
 
-    net = orl.load_lpips(str(SHARED / "torch_home/hub/checkpoints/alexnet-owt-7be5be79.pth"))
+    net = orl.load_lpips()
     hr, sr = torch.rand(2, 2, 3, 64, 64)
     got = orl.Reward(net, CPU)(sr, hr, torch.ones(2))["lpips"]
     torch.testing.assert_close(got.mean(), reference(sr, hr, net_type="alex", normalize=True), atol=1e-5, rtol=1e-4)
@@ -295,26 +283,24 @@ def test_weave_sees_a_pattern_that_grid_does_not():
 
 def test_the_credits_of_all_cells_sum_to_the_rewards_change_to_first_order(image_folder):
     """On the LDM that ships, whose latent is continuous (a VQModel's decoder quantises what it gets)."""
-    env = make_env(ROOT / "runs/ldm_x4", image_folder, num_envs=8, base_steps=1)
     torch.manual_seed(0)
-    mean, offset, rewards = 0.1 * torch.randn(8, 8, 8, 8), torch.randn(8, 8, 8, 8), []
-    for edit in (mean, mean + 0.002 * offset):
-        env.reset(2)
-        with torch.no_grad():
-            *_, info = env.step(torch.zeros(8, 2), edit)
-        rewards.append(info["reward"])
-        credit = orl.cell_credit(info["gradient"], edit, mean)  # (8, c, h, w)
+    agent = orl.Agent(torch.ones(8), 64)
+    agent.logstd.data.fill_(-30)
+    rewards = []
+    for std in (1e-9, 0.001):  # the same images, actions and noise: what changes is the edit
+        agent.edit_std.fill_(std)
+        (_, edits, _, infos), _ = episodes(ROOT / "runs/ldm_x4", image_folder, 2, agent, 8, base_steps=1)
+        rewards.append(infos["reward"])
     change = rewards[1] - rewards[0]
-    assert change.abs().max() > 2e-5
-    assert (credit.sum(dim=(1, 2, 3)) - change).norm() / change.norm() < 0.05
+    assert change.abs().max() > 1e-5 and edits["edits"].std() == pytest.approx(0.001, rel=0.1)
+    assert (edits["credits"].sum(dim=(1, 2, 3)) - change).norm() / change.norm() < 0.05
 
 
 def test_an_image_before_its_last_step_has_no_edit_and_the_editor_gets_no_gradient_from_it(ldm_folder, image_folder):
-    env, agent = make_env(ldm_folder, image_folder), orl.Agent(torch.ones(3), 8)
-    batch, _, edits, _ = orl.rollout(env, agent, 4, seed=0)
-    assert len(edits["edits"]) == int(batch["dones"].sum()) < batch["dones"].numel()
-    logprob = agent.policy(batch["maps"].flatten(0, 1), batch["numbers"].flatten(0, 1)).log_prob(batch["actions"].flatten(0, 1))
-    logprob.sum().backward()
+    agent = orl.Agent(torch.ones(3), 8)
+    (batch, edits, (_, _, dones, _), _), _ = episodes(ldm_folder, image_folder, 0, agent)
+    assert len(edits["edits"]) == int(dones.sum()) < len(batch["maps"])
+    agent.policy(batch["maps"], batch["numbers"]).log_prob(batch["actions"]).sum().backward()
     assert all(p.grad is None for p in agent.editor.parameters())
     assert any(p.grad.abs().sum() > 0 for p in agent.actor.parameters())
 
@@ -322,7 +308,7 @@ def test_an_image_before_its_last_step_has_no_edit_and_the_editor_gets_no_gradie
 def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
     """One-step episodes, R = -(edit - target)^2 a cell: the mean must become the target in every cell of every image."""
     torch.manual_seed(0)
-    args, agent = orl.Args(learning_rate=3e-3, minibatch_size=16), orl.Agent(torch.ones(1), 0, edit_std=0.3)
+    args, agent = orl.Args(learning_rate=3e-3), orl.Agent(torch.ones(1), 0)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     maps, numbers = torch.randn(64, 6, 8, 8).half(), torch.zeros(64, 4)
     target = 0.5 * maps[:, :1].float().tanh() + 0.2 * maps[:, 1:2].float().clamp(-1, 1)
@@ -332,11 +318,11 @@ def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
             return (agent.edit_policy(maps, numbers).mean - target).square().mean() / target.square().mean()
 
     assert error() > 0.99
-    steps = {"maps": maps[None], "numbers": numbers[None], "detail": torch.zeros(1, 64, 3, 8, 8).half()}
-    steps |= {k: torch.zeros(1, 64) for k in ("values", "advantages", "returns", "logprobs")} | {"actions": torch.zeros(1, 64, 2)}
+    steps = {"maps": maps, "numbers": numbers, "detail": torch.zeros(64, 3, 8, 8).half(), "actions": torch.zeros(64, 2)}
+    steps |= {k: torch.zeros(64) for k in ("values", "advantages", "returns", "logprobs")}
     for left in torch.linspace(1, 0.025, 40).tolist():
         optimizer.param_groups[0]["lr"] = args.learning_rate * left  # rate and spread are annealed, as in a run
-        agent.anneal(left)
+        agent.edit_std.fill_(0.3 * (0.25 + 0.75 * left))
         with torch.no_grad():
             policy = agent.edit_policy(maps, numbers)
             edit = policy.sample()
@@ -394,36 +380,38 @@ def test_ppo_raises_the_probability_of_good_actions_and_is_flat_outside_the_clip
 def test_ppo_solves_a_bandit_whose_best_action_is_known():
     """One-step episodes, reward -(a - target)^2: the mean policy must reach the target, also at a small scale."""
     torch.manual_seed(0)
-    args, agent, target = orl.Args(learning_rate=3e-3, minibatch_size=64), orl.Agent(torch.ones(1), 0), torch.tensor([0.6, -0.4])
+    args, agent, target = orl.Args(learning_rate=3e-3), orl.Agent(torch.ones(1), 0), torch.tensor([0.6, -0.4])
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
-    maps, numbers, detail = torch.zeros(1, 256, 6, 8, 8).half(), torch.full((1, 256, 4), 0.5), torch.zeros(1, 256, 3, 8, 8).half()
-    edits = {"maps": maps[0, :8], "numbers": numbers[0, :8]}
+    maps, numbers, detail = torch.zeros(256, 6, 8, 8).half(), torch.full((256, 4), 0.5), torch.zeros(256, 3, 8, 8).half()
+    edits = {"maps": maps[:8], "numbers": numbers[:8]}
     edits |= {k: torch.zeros(8, 1, 8, 8) for k in ("edits", "logprobs", "credits")}
     for _ in range(25):
         with torch.no_grad():
-            policy, value = agent.policy(maps[0], numbers[0]), agent.value(maps[0], numbers[0], detail[0])
+            policy, value = agent.policy(maps, numbers), agent.value(maps, numbers, detail)
             action = policy.sample()
         reward = 0.01 * -(action - target).square().sum(1) * args.reward_scale
-        batch = {"maps": maps, "numbers": numbers, "detail": detail, "actions": action[None], "values": value[None]}
-        batch["logprobs"] = policy.log_prob(action).sum(1)[None]
         ends = torch.ones(1, 256, dtype=bool)
-        batch["advantages"], batch["returns"] = orl.gae(reward[None], value[None], ends, torch.zeros(256), 0.99, 0.95)
+        estimates = orl.gae(reward[None], value[None], ends, torch.zeros(256), 0.99, 0.95)
+        batch = {"maps": maps, "numbers": numbers, "detail": detail, "actions": action, "values": value}
+        batch |= {"logprobs": policy.log_prob(action).sum(1), "advantages": estimates[0][0], "returns": estimates[1][0]}
         figures = orl.update(agent, optimizer, batch, edits, args)
-    assert (agent.policy(maps[0, :1], numbers[0, :1]).mean[0] - target).abs().max() < 0.15
+    assert (agent.policy(maps[:1], numbers[:1]).mean[0] - target).abs().max() < 0.15
     assert figures["approx_kl"] < 0.2
 
 
 def test_the_agent_learns_on_an_ldm_that_predicts_noise(ldm_folder, image_folder):
     """CompVis' kind: at pure noise its clean latent is noise divided by a small number, and nothing may rest on it."""
-    env = make_env(ldm_folder, image_folder, num_envs=8, base_steps=2, max_calls=2)
-    args, agent = orl.Args(learning_rate=2e-3, minibatch_size=16), orl.Agent(torch.ones(3), 8, edit_std=0.3)
-    assert env.mdp.ldm.scheduler.config.prediction_type == "epsilon"
-    optimizer, rewards = torch.optim.Adam(agent.parameters(), lr=args.learning_rate), []
-    for seed in range(12):
-        batch, last, edits, infos = orl.rollout(env, agent, 16, seed)
-        estimates = orl.gae(50 * batch["rewards"], batch["values"], batch["dones"], last, 0.99, 0.95)
-        batch["advantages"], batch["returns"] = estimates
+    torch.manual_seed(0)
+    agent, rewards = orl.Agent(torch.ones(3), 8), []
+    _, (mdp, _, reward, train, args) = episodes(ldm_folder, image_folder, 0, agent, 32, base_steps=2, max_calls=2)
+    assert mdp.ldm.scheduler.config.prediction_type == "epsilon"
+    optimizer = torch.optim.Adam(agent.parameters(), lr=2e-3)
+    agent.edit_std.fill_(0.3)
+    for seed in range(24):
+        batch, edits, (paid, values, dones, running), infos = orl.rollout(mdp, agent, reward, train, args, seed)
+        estimates = orl.gae(50 * paid, values, dones, torch.zeros(32), 0.99, 0.95)
+        batch |= {k: v[running] for k, v in zip(("advantages", "returns", "values"), (*estimates, values))}
         orl.update(agent, optimizer, batch, edits, args)
         rewards.append(float(infos["reward"].mean()))
     assert all(math.isfinite(r) for r in rewards)
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.005
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.005

@@ -18,7 +18,7 @@ import eval_sr
 import ppo_ldm_sr as orl
 import pretrain_ldm
 
-SMALL = ["--scenes", "desert", "river", "--num-envs", "4", "--num-steps", "25", "--crop", "64", "--eval-images", "2", "--eval-every", "1"]
+SMALL = ["--scenes", "desert", "river", "--num-envs", "8", "--max-calls", "3", "--crop", "64", "--eval-images", "2", "--eval-every", "1"]
 
 
 def run(*command, code=0, timeout=280, **environment):
@@ -40,9 +40,9 @@ def refused(capsys, script, *flags):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, ldm_folder):
-    """200 steps on the synthetic scenes that ship."""
+    """Two iterations, of 16 to 24 steps each, on the synthetic scenes that ship."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run-dir", folder, "--total-timesteps", 200, *SMALL)
+    said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run-dir", folder, "--total-timesteps", 30, *SMALL)
     return folder, said
 
 
@@ -59,7 +59,8 @@ def test_a_run_on_synthetic_scenes_writes_events_checkpoint_and_table(trained):
     tags = set(events.Tags()["scalars"])
     assert {"charts/episodic_return", "charts/SPS", "losses/approx_kl", "losses/explained_variance", "reward/psnr",
             "reward/efficiency", "eval/psnr_agent", "eval/psnr_plain", "policy/edit", "losses/edit_clipfrac"} <= tags  # fmt: skip
-    assert [e.step for e in events.Scalars("charts/SPS")] == [100, 200]
+    first, second = [e.step for e in events.Scalars("charts/SPS")]
+    assert 16 <= first <= 24 and 16 <= second - first <= 24
 
 
 def test_the_csv_has_the_promised_columns_methods_and_one_line_per_image_and_method(trained):
@@ -83,12 +84,12 @@ def assert_same(a, b):
 PATCHED = """
 import sys, time, tyro, torch, ppo_ldm_sr as orl
 rollout, count = orl.rollout, 0
-def before_the_second(env, agent, num_steps, seed):
+def before_the_second(*args):
     global count
     count += 1
     if count == 2:
         ACTION
-    return rollout(env, agent, num_steps, seed)
+    return rollout(*args)
 orl.rollout = before_the_second
 orl.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table
 orl.main(tyro.cli(orl.Args))
@@ -97,12 +98,12 @@ orl.main(tyro.cli(orl.Args))
 
 def train_with(action, folder, *flags, code=0):
     """A run that does `action` after its first checkpoint, and makes no table."""
-    return run("-c", PATCHED.replace("ACTION", action), "--run-dir", folder, "--total-timesteps", 200, *SMALL, *flags, code=code)
+    return run("-c", PATCHED.replace("ACTION", action), "--run-dir", folder, "--total-timesteps", 30, *SMALL, *flags, code=code)
 
 
 def test_the_method_file_alone_in_an_empty_folder_trains(tmp_path, ldm_folder, image_folder):
     shutil.copy(ROOT / "ppo_ldm_sr.py", tmp_path)
-    flags = ["--ldm", ldm_folder, "--dataset", image_folder, "--run-dir", "out", "--total-timesteps", "100", *SMALL]
+    flags = ["--ldm", ldm_folder, "--dataset", image_folder, "--run-dir", "out", "--total-timesteps", "10", *SMALL]
     command = [sys.executable, "ppo_ldm_sr.py", *map(str, flags)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,45 +115,46 @@ def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(trained, tmp_
     folder, flags = tmp_path / "stopped", ("--ldm", ldm_folder, "--dataset", "runs/scenes")
     said = train_with("raise KeyboardInterrupt", folder, *flags, code=130)
     assert f"--resume {folder}" in said
-    assert orl.load_tensors(folder / "checkpoint.safetensors")[1]["step"] == 100
+    state = orl.load_tensors(folder / "checkpoint.safetensors")[1]
+    assert state["iteration"] == 1 and 16 <= state["step"] <= 24
     said = run("-c", PATCHED.replace("ACTION", "pass"), "--resume", folder)
-    assert "step 100 to 200" in said
+    assert f"step {state['step']} to 30" in said
     assert_same(trained[0], folder)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    assert [e.step for e in events.Scalars("charts/SPS")] == [100, 200]  # one curve
+    assert len(events.Scalars("charts/SPS")) == 2 and events.Scalars("charts/SPS")[0].step == state["step"]  # one curve
 
 
-def test_what_would_change_a_resumed_run_is_refused_by_name(trained, tmp_path, capsys):
+def test_what_would_change_a_resumed_run_is_refused(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
-    assert "--gamma would change the method" in refused(capsys, orl, "--resume", folder, "--gamma", "0.5")
+    assert "takes the settings of that run" in refused(capsys, orl, "--resume", folder, "--gamma", "0.5")
     file = folder / "checkpoint.safetensors"
     tensors, state = orl.load_tensors(file)
     orl.save_tensors(file, tensors, state | {"ldm": "0" * 12})
-    assert "no longer the LDM" in refused(capsys, orl, "--resume", folder)
+    assert "still the LDM that a resumed run began with" in refused(capsys, orl, "--resume", folder)
     del state["args"]["gamma"]
     orl.save_tensors(file, tensors, state)
-    assert "another version of this code" in refused(capsys, orl, "--resume", folder)
+    assert "written by this version of the code" in refused(capsys, orl, "--resume", folder)
     file.write_bytes(file.read_bytes()[:2000])
     assert "damaged" in refused(capsys, orl, "--resume", folder)
-    assert "holds no checkpoint" in refused(capsys, orl, "--resume", tmp_path)
+    assert "checkpoint.safetensors is missing" in refused(capsys, orl, "--resume", tmp_path)
 
 
 def test_nan_from_the_ldm_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, ldm_folder):
     folder = tmp_path / "nan"
-    spoil = "next(env.mdp.ldm.unet.parameters()).data.fill_(float('inf'))"
+    spoil = "next(args[0].ldm.unet.parameters()).data.fill_(float('inf'))"
     said = train_with(spoil, folder, "--ldm", ldm_folder, "--dataset", "runs/scenes", code=2)
-    assert "NaN or infinity from the LDM before step 200" in said and str(folder) in said
+    assert "NaN or infinity from the LDM after step" in said and str(folder) in said
     tensors, state = orl.load_tensors(folder / "checkpoint.safetensors")
-    assert state["step"] == 100 and all(v.isfinite().all() for v in tensors.values())
+    assert state["iteration"] == 1 and all(v.isfinite().all() for v in tensors.values())
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, ldm_folder, trained, capsys):
     (tmp_path / "file").write_text("not a folder")
-    flags = ("--ldm", ldm_folder, "--dataset", "runs/scenes", "--total-timesteps", "200", *SMALL)
+    flags = ("--ldm", ldm_folder, "--dataset", "runs/scenes", "--total-timesteps", "30", *SMALL)
     assert "cannot be written" in refused(capsys, orl, "--run-dir", tmp_path / "file/run", *flags)
     photo, output = "runs/scenes/test/river", tmp_path / "file/out"
     said = refused(capsys, eval_sr, "--agent", trained[0], "--images", photo, "--output", output)
@@ -162,53 +164,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, ldm_folder, trained,
 def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tmp_path, ldm_folder, capsys):
     folder = tmp_path / "never"
     for flags, words in (
-        (["--total-timesteps", "10"], "--total-timesteps"),
+        (["--total-timesteps", "-1"], "--total-timesteps"),
         (["--crop", "30", "--dataset", "runs/scenes"], "--crop 30"),
-        (["--minibatch-size", "2000"], "--minibatch-size"),
+        (["--num-envs", "3"], "--num-envs: at least two for a minibatch"),
         (["--base-steps", "0"], "at least 1"),
-        (["--max-calls", "11"], "--max-calls must not be above --num-steps"),
         (["--device", "cuda"], "--device cuda") if not torch.cuda.is_available() else (["--crop", "30"], "--crop 30"),
         (["--dataset", "nowhere/to/be/found"], "no such folder"),
-        (["--dataset", "runs/scenes", "--scenes", "volcano"], "has no volcano"),
+        (["--dataset", "runs/scenes", "--scenes", "volcano"], "no usable image of ['volcano']"),
         (["--ldm", "runs/nothing"], "unreadable"),
         (["--run-dir", trained[0]], "the folder exists"),
     ):
         assert words in refused(capsys, orl, "--ldm", ldm_folder, "--run-dir", folder, *flags)
         assert not folder.exists()
-
-
-def test_two_processes_keep_equal_weights_on_different_images(tmp_path, ldm_folder):
-    script = tmp_path / "check.py"
-    script.write_text(
-        "import sys, os, torch, tyro; sys.path.insert(0, os.getcwd())\n"
-        "import ppo_ldm_sr as orl\n"
-        "update = orl.update\n"
-        "def checked(agent, optimizer, batch, edits, args):\n"
-        "    out = update(agent, optimizer, batch, edits, args)\n"
-        "    for value, same in ((torch.cat([p.detach().flatten() for p in agent.parameters()]), True), (batch['maps'].float().flatten(), False)):\n"
-        "        parts = [torch.empty_like(value) for _ in range(2)]\n"
-        "        orl.dist.all_gather(parts, value)\n"
-        "        assert torch.equal(*parts) == same\n"
-        "    if orl.dist.get_rank() == 0: print('checked', batch['maps'].shape[1])\n"
-        "    return out\n"
-        "orl.update = checked\n"
-        "orl.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table\n"
-        "orl.main(tyro.cli(orl.Args))\n"
-    )
-    folder = tmp_path / "two"
-    said = run("-m", "torch.distributed.run", "--nproc_per_node=2", script, "--ldm", ldm_folder, "--dataset", "runs/scenes",
-               "--run-dir", folder, "--total-timesteps", 200, *SMALL, OMP_NUM_THREADS="1")  # fmt: skip
-    assert said.count("checked 2") == 2 and said.count("device: ") == 1  # two slots a process, one voice
-    assert orl.load_tensors(folder / "checkpoint.safetensors")[1]["step"] == 200
-    assert len(list(folder.glob("events.*"))) == 1
-
-
-def test_a_process_that_dies_ends_the_run_with_its_message(tmp_path, ldm_folder):
-    script = tmp_path / "dies.py"
-    script.write_text(PATCHED.replace("ACTION", "if seed % 2: raise MemoryError('out of memory, as if')"))
-    said = run("-m", "torch.distributed.run", "--nproc_per_node=2", script, "--ldm", ldm_folder, "--dataset", "runs/scenes",
-               "--run-dir", tmp_path / "run", "--total-timesteps", 200, *SMALL, code=1, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))  # fmt: skip
-    assert "MemoryError: out of memory, as if" in said
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
