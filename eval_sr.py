@@ -559,7 +559,7 @@ def list_images(paths: tuple[str, ...]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for file in orl.image_files(path) if not file.stem.endswith("_sr")]
+            inside = [file for *_, file in orl.find_images(str(path))[0] if not file.stem.endswith("_sr")]
             if not inside:
                 stop(f"--images {path}: no image in this folder")
             files += inside

@@ -149,6 +149,11 @@ def test_a_folder_without_splits_is_cut_80_to_20_and_says_so(tmp_path, capsys):
     assert "no test split; last 20% by name in its place" in capsys.readouterr().out
 
 
+def test_a_folder_beside_the_splits_is_no_split_and_no_training_image_is_tested_on(tmp_path):
+    tree(tmp_path, *(f"train/river/{i}.png" for i in range(5)), "masks/river/0.png", "README.png")
+    assert load(tmp_path, "train").files == ["0.png", "1.png", "2.png", "3.png"] and load(tmp_path, "test").files == ["4.png"]
+
+
 @pytest.mark.parametrize("names", [("train", "val"), ("Train", "Test"), ("TRAINING", "valid"), ("train", "dev"), ("train", "testing")])
 def test_splits_are_found_under_their_common_names(tmp_path, names, capsys):
     train, test = names
