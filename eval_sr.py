@@ -85,7 +85,8 @@ def load_vgg_judge(device: torch.device):
     try:
         net = lpips.LPIPS(net="vgg", verbose=False) if cached else lpips_weights.load("vgg")
     except OSError as error:
-        return print(f"LPIPS-VGG: no weights ({error}): its column says n/a")
+        print(f"LPIPS-VGG: no weights ({error}): its column says n/a")
+        return None
     return net.to(device).eval().requires_grad_(False)
 
 

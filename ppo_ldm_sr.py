@@ -343,7 +343,8 @@ def load_lpips() -> nn.Module | None:
 
             metric = lpips_weights.load("alex")
     except (ImportError, OSError) as error:
-        return print(f"LPIPS: no AlexNet ({error}): the reward goes without it, tables say n/a")
+        print(f"LPIPS: no AlexNet ({error}): the reward goes without it, tables say n/a")
+        return None
     except Exception as error:
         stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of AlexNet's name; delete it: {error}")
     return metric.eval().requires_grad_(False)
@@ -603,7 +604,7 @@ def rollout(mdp: Denoising, agent: Agent, reward: Reward, images: Images, args: 
     edit, parts = policy.sample().requires_grad_(), []  # (n, c, h, w)
     # choice: in training LPIPS begins 0 to 7 px from the corner: AlexNet's grid of 8 px, else, is painted
     shift = torch.randint(8, (2,)).tolist()
-    for i in torch.arange(n).split(16):  # as many as caches hold
+    for i in torch.arange(n, device=lr.device).split(16):  # as many as caches hold
         with torch.enable_grad():
             found = reward(mdp.finish(z[i] + edit[i], lr[i]), hr[i], calls[i], shift)
             (gradient,) = torch.autograd.grad(found["reward"].sum(), edit)
