@@ -29,7 +29,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
-from torchmetrics.functional.image import visual_information_fidelity
+from torchmetrics.functional.image import peak_signal_noise_ratio, visual_information_fidelity
 from tqdm import tqdm
 
 import lpips_weights
@@ -170,7 +170,8 @@ def measure(args: Args, mdp: Denoising, images: orl.Images, reward: orl.Reward, 
         results, edit, steps = super_resolve_all(mdp, lr, hr, z, agent, rival)
         for method, (sr, calls, seconds) in results.items():
             found = judge(reward, sr, hr, calls)
-            found["lr_psnr"] = -10 * (downscale(sr) - lr).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
+            per_image = {"data_range": (0.0, 1.0), "reduction": "none", "dim": (1, 2, 3)}
+            found["lr_psnr"] = peak_signal_noise_ratio(downscale(sr), lr, **per_image).clamp(max=100)
             distance = vgg(sr, hr, normalize=True).flatten() if vgg else torch.full_like(found["psnr"], math.nan)
             found["lpips_vgg"] = distance
             for j, i in enumerate(part):
@@ -560,7 +561,7 @@ def list_images(paths: tuple[str, ...]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for *_, file in orl.find_images(str(path))[0] if not file.stem.endswith("_sr")]
+            inside = [file for file in orl.image_files(path) if not file.stem.endswith("_sr")]
             if not inside:
                 stop(f"--images {path}: no image in this folder")
             files += inside

@@ -124,6 +124,13 @@ def read_image(source) -> torch.Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
+def image_files(root: Path) -> list[Path]:
+    """The image files below a folder, hidden ones left out."""
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = (p for p in root.rglob("*") if p.suffix.lower() in known)
+    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts))
+
+
 @lru_cache
 def find_images(dataset: str) -> tuple[list[tuple], str]:
     """(split, scene, file name, path or bytes) of all images, and their title: a folder, the Hub, a copy from there."""
@@ -135,8 +142,7 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
         elif any(root.rglob("*.parquet")):
             data = datasets.load_dataset(str(root))
         elif root.is_dir():  # [split/]scene/**/*.jpg; without scenes the folder is the scene
-            files = sorted(p for p in root.rglob("*") if p.suffix.lower() in Image.registered_extensions())
-            files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)]  # hidden
+            files = image_files(root)
             top = Path(os.path.commonpath([file.parent for file in files] or [root]))  # archives add a folder or two
             folders = [(*file.relative_to(top).parts[:-1], top.name, top.name) for file in files]
             has_splits = any(names[0].lower() in SPLITS for names in folders)

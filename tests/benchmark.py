@@ -40,10 +40,6 @@ def seconds(function) -> float:
     return time.perf_counter() - began
 
 
-def noise(ldm: orl.LDM, n: int, side: int) -> torch.Tensor:
-    return torch.randn(n, ldm.latent_channels, side, side, device=ldm.device)
-
-
 def main(args: Args) -> None:
     device, run, settings = orl.pick_device(args.device), orl.locate(args.agent), orl.Args()
     _, state = orl.load_tensors(run / "agent.safetensors")
@@ -52,8 +48,8 @@ def main(args: Args) -> None:
     mdp = orl.Denoising(ldm, settings.base_steps, settings.max_calls)
     train = orl.load_images(args.dataset, "train", (), settings.crop, device)
     reward = orl.Reward(orl.load_lpips(), device)
-    n, calls = settings.num_envs, 3
-    s = mdp.call(torch.rand(n, 3, settings.crop // 4, settings.crop // 4, device=device), noise(ldm, n, settings.crop // 4))
+    n, side, calls = settings.num_envs, settings.crop // 4, 3
+    s = mdp.call(torch.rand(n, 3, side, side, device=device), orl.noise_for(ldm, range(n), side, side, 0))
 
     @torch.no_grad()
     def bare_calls() -> None:

@@ -463,6 +463,13 @@ def test_files_that_are_no_images_are_named_and_none_at_all_is_an_error(tool, tm
         super_resolve(tmp_path / "missing.png")
 
 
+def test_every_image_of_a_folder_is_taken_whatever_its_subfolders_are_called(tmp_path):
+    tree(tmp_path, "test/a.png", "2019/b.png", "c.png", ".hidden/d.png")
+    (tmp_path / "notes.pdf").write_text("no image")
+    (tmp_path / "table.parquet").write_text("no image")
+    assert [file.name for file in eval_sr.list_images((str(tmp_path),))] == ["b.png", "c.png", "a.png"]
+
+
 def test_results_of_a_folder_keep_their_names_apart(tool, tmp_path, capsys):
     for name in ("a/x.png", "b/x.png", "b/x.tif"):
         tree(tmp_path / "in", name)
