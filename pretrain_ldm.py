@@ -186,12 +186,12 @@ def pca_yardstick(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def report(args: Args, crops: Crops, device: torch.device) -> str:
     """Test-set figures of the model in --output: reconstruction, and plain DDIM at several numbers of steps."""
-    ldm, reward = orl.load_ldm(args.output, device), orl.Reward(orl.load_lpips(), device)
+    ldm, net = orl.load_ldm(args.output, device), orl.load_lpips(device)
     train = crops(512, args.crop)
     lines = ["| images | what | PSNR (dB) | SSIM | LPIPS | VIF | grid |", "|---|---|---|---|---|---|---|"]
 
     def line(title: str, what: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
-        parts = [judge(reward, a, b, torch.zeros(len(a), device=device)) for a, b in zip(sr.split(16), hr.split(16))]
+        parts = [judge(net, a, b, torch.zeros(len(a), device=device)) for a, b in zip(sr.split(16), hr.split(16))]
         found = {k: torch.cat([p[k] for p in parts]).mean() for k in ("psnr", "ssim", "lpips", "vif", "grid")}
         cells = [f"{v:.{digits}f}" for v, digits in zip(found.values(), (2, 3, 3, 3, 1))]
         lines.append(f"| {title} | {what} | " + " | ".join(cells) + " |")
@@ -241,8 +241,7 @@ def main(args: Args) -> None:
     writer = SummaryWriter(f"{output}_log")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     compiled = torch.compile if args.compile else (lambda module: module)
-    lpips = orl.load_lpips() if args.minutes_autoencoder + args.minutes_decoder > 0 else None
-    lpips = lpips and lpips.to(device, memory_format=torch.channels_last)
+    lpips = orl.load_lpips(device) if args.minutes_autoencoder + args.minutes_decoder > 0 else None
 
     def encode(image: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), autocast:

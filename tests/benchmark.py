@@ -47,7 +47,7 @@ def main(args: Args) -> None:
     agent = eval_sr.load_agent(run, ldm)
     mdp = orl.Denoising(ldm, settings.base_steps, settings.max_calls)
     train = orl.load_images(args.dataset, "train", (), settings.crop, device)
-    reward = orl.Reward(orl.load_lpips(), device)
+    net = orl.load_lpips(device)
     n, side, calls = settings.num_envs, settings.crop // 4, 3
     s = mdp.call(torch.rand(n, 3, side, side, device=device), orl.noise_for(ldm, range(n), side, side, 0))
 
@@ -62,13 +62,11 @@ def main(args: Args) -> None:
     for seed in range(args.pairs + 1):  # the first one warms up
         kept = []
         bare = seconds(bare_calls)
-        rolled = seconds(lambda seed=seed, kept=kept: kept.append(orl.rollout(mdp, learner, reward, train, settings, seed)))
-        batch, edits, (rewards, values, dones, running), _ = kept.pop()
-        estimates = orl.gae(50 * rewards, values, dones, torch.zeros_like(values[0]), 0.99, 0.95)
-        batch |= {k: v[running] for k, v in zip(("advantages", "returns", "values"), (*estimates, values))}
+        rolled = seconds(lambda seed=seed, kept=kept: kept.append(orl.rollout(mdp, learner, net, train, settings, seed)))
+        batch, edits, _ = kept.pop()
         updated = seconds(lambda batch=batch, edits=edits: orl.update(learner, optimizer, batch, edits, settings))
         if seed:
-            steps = int(running.sum())
+            steps = len(batch["actions"])
             unet.append(n * calls / bare), rollout.append(steps / rolled)
             update.append(updated / rolled), ppo.append(steps / (rolled + updated))
     print(f"U-Net {median(unet):.1f} calls/s; rollout {median(rollout):.1f} steps/s; PPO {median(ppo):.1f} steps/s")

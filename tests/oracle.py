@@ -35,11 +35,11 @@ def main(args: Args) -> None:
     images = orl.load_images(args.dataset, "test", (), args.crop, device)
     of_scene = [[i for i, label in enumerate(images.labels) if label == k] for k in range(len(images.scenes))]
     indices = [i for group in of_scene for i in group[: args.limit or None]]
-    reward, rows = orl.Reward(orl.load_lpips(), device), {}
+    net, rows = orl.load_lpips(device), {}
 
     def add(what: str, sr: torch.Tensor, hr: torch.Tensor, calls: int) -> None:
         with torch.no_grad():
-            rows.setdefault(what, []).append(judge(reward, sr, hr, torch.full((len(hr),), calls, device=device)))
+            rows.setdefault(what, []).append(judge(net, sr, hr, torch.full((len(hr),), calls, device=device)))
 
     for start in range(0, len(indices), 8):
         part = indices[start : start + 8]
@@ -59,7 +59,7 @@ def main(args: Args) -> None:
         optimizer = torch.optim.Adam([edit], lr=0.05)
         for _ in range(60):
             optimizer.zero_grad()
-            (-reward(short.finish(last + edit, lr), hr, calls)["reward"].sum()).backward()
+            (-orl.score(net, short.finish(last + edit, lr), hr, calls)["reward"].sum()).backward()
             optimizer.step()
         add("oracle of the reward: best edit of each image", short.finish(last + edit.detach(), lr), hr, 3)
     print(f"\n{images.title}, test split, {len(indices)} images\n\n| what | PSNR (dB) | SSIM | LPIPS | VIF | grid | reward |\n|---|---|---|---|---|---|---|")

@@ -41,7 +41,7 @@ def main(args: Args) -> None:
     scenes = tuple(trained["scenes"])
     train, test = (orl.load_images(args.dataset, split, scenes, crop, device) for split in ("train", "test"))
     held_out = test.centres(trained["eval_images"], crop)  # the images of the agent's curve
-    reward = orl.Reward(orl.load_lpips(), device)
+    net = orl.load_lpips(device)
     torch.manual_seed(args.seed)
     with torch.no_grad():
         agent = orl.Agent(ldm.encode(train.crops(32, crop)).std(dim=(0, 2, 3)), ldm.hidden_channels).to(device)
@@ -59,14 +59,14 @@ def main(args: Args) -> None:
                 z, observation, spent_calls, _ = mdp.denoise(lr, z)
             edit = agent.edit_policy(*observation).mean
             shift = torch.randint(8, (2,)).tolist()  # as the agent's environment does
-            found = reward(mdp.finish(z + edit, lr), hr, spent_calls, shift)["reward"].mean()
+            found = orl.score(net, mdp.finish(z + edit, lr), hr, spent_calls, shift)["reward"].mean()
             optimizer.zero_grad()
             (-found).backward()
             optimizer.step()
             before, spent = spent, spent + time.perf_counter() - began  # the curve below takes no training time
             step, calls, bar.n = step + 1, calls + int(spent_calls.sum()), round(spent)
             if spent // 120 > before // 120 or spent >= seconds:
-                held = orl.evaluate(mdp, held_out, reward, agent, trained["seed"])["reward"].mean()
+                held = orl.evaluate(mdp, held_out, net, agent, trained["seed"])["reward"].mean()
                 writer.add_scalar("eval/reward_agent", float(held), calls)
             bar.set_postfix_str(f"{step} steps, reward {float(found.detach()):.4f}")
     orl.save_tensors(run / "reward_gradient.safetensors", agent.state_dict(), state | {"step": step})

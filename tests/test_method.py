@@ -137,7 +137,7 @@ def test_an_image_that_ends_early_leaves_the_others_to_go_on_and_each_gets_its_o
 
     sr, calls, edit, steps = mdp.super_resolve(lr, z, Steering())
     assert [slots.tolist() for slots, *_ in steps] == [[0, 1], [0, 1], [0, 1], [1], [1]] and calls.tolist() == [3, 5]
-    for slot, (slots, s, _, _, action) in ((0, steps[2]), (1, steps[4])):  # as each would have been by itself
+    for slot, (slots, s, _, action, _) in ((0, steps[2]), (1, steps[4])):  # as each would have been by itself
         own = slots.tolist().index(slot)
         z_last, own_lr = mdp.advance(s, action)[0][own : own + 1], lr[slot : slot + 1]
         torch.testing.assert_close(edit[slot].mean(), (2 * lr[slot] - 1).mean(), atol=1e-3, rtol=0)
@@ -148,71 +148,66 @@ def test_an_image_that_ends_early_leaves_the_others_to_go_on_and_each_gets_its_o
 # ---------------------------------------------------------------- environment, reward, judges
 
 
-def episodes(folder, images, seed, agent=None, num_envs=6, net=None, base_steps=4, max_calls=4):
-    """A rollout of these images and what it was made with: environment, agent, reward, images."""
+def episodes(folder, images, seed, agent=None, num_envs=6, gamma=0.99, base_steps=4, max_calls=4):
+    """A rollout of these images without LPIPS, and what it was made with: environment, agent, no LPIPS, images."""
     ldm = orl.load_ldm(str(folder), CPU)
     ldm.autocast = FP32
     train, mdp = orl.load_images(str(images), "train", (), 32, CPU), orl.Denoising(ldm, base_steps, max_calls)
-    agent, reward = agent or orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels), orl.Reward(net, CPU)
-    args = orl.Args(num_envs=num_envs, crop=32)
-    return orl.rollout(mdp, agent, reward, train, args, seed), (mdp, agent, reward, train, args)
+    agent = agent or orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels)
+    args = orl.Args(num_envs=num_envs, crop=32, gamma=gamma, gae_lambda=1.0, reward_scale=1.0)
+    return orl.rollout(mdp, agent, None, train, args, seed), (mdp, agent, None, train, args)
 
 
 def test_a_rollout_denoises_every_image_to_its_end_and_pays_the_reward_there(ldm_folder, image_folder):
     torch.manual_seed(0)
-    (batch, edits, (rewards, values, dones, running), infos), _ = episodes(ldm_folder, image_folder, seed=0)
-    assert dones.sum(0).tolist() == [1] * 6 and running.sum(0).tolist() == infos["calls"].tolist()
-    assert len(infos["calls"].unique()) > 1  # images of different lengths
-    for i, calls in enumerate(infos["calls"].long().tolist()):  # an image runs, ends, and is not touched again
-        assert running[:, i].tolist() == [True] * calls + [False] * (len(running) - calls) and dones[calls - 1, i]
-    assert (rewards != 0).equal(dones) and (values != 0).equal(running)
-    assert all(len(v) == running.sum() for v in batch.values()) and all(len(v) == 6 for v in edits.values())
+    (batch, edits, infos), _ = episodes(ldm_folder, image_folder, seed=0, gamma=0.5)
+    calls = infos["calls"]
+    assert len(calls.unique()) > 1  # images of different lengths
+    assert all(len(v) == calls.sum() for v in batch.values()) and all(len(v) == 6 for v in edits.values())
+    start = 0
+    for call in range(1, int(calls.max()) + 1):  # with lambda 1 a return is the reward of the end, discounted
+        running = calls >= call
+        got = batch["returns"][start : start + int(running.sum())]
+        torch.testing.assert_close(got, (infos["reward"] * 0.5 ** (calls - call))[running])
+        start += len(got)
 
 
 def test_the_same_seed_gives_the_same_episodes(ldm_folder, image_folder):
     agent, runs = orl.Agent(torch.ones(3), 8), []
     for seed in (3, 3, 4):
-        (_, edits, (rewards, *_), _), _ = episodes(ldm_folder, image_folder, seed, agent)
-        runs.append((rewards, edits["edits"]))
+        (_, edits, infos), _ = episodes(ldm_folder, image_folder, seed, agent)
+        runs.append((infos["reward"], edits["edits"]))
     assert all(torch.equal(a, b) for a, b in zip(*runs[:2])) and runs[0][0].abs().sum() > 0
     assert runs[0][1].shape != runs[2][1].shape or not torch.equal(runs[0][1], runs[2][1])
 
 
-def test_a_rollout_without_exploration_is_super_resolve_minus_bicubic(ldm_folder, image_folder):
+def test_a_rollout_without_exploration_is_super_resolve(ldm_folder, image_folder, monkeypatch):
     torch.manual_seed(0)
-    agent, hr = orl.Agent(torch.ones(3), 8), []
+    agent, hr, score = orl.Agent(torch.ones(3), 8), [], orl.score
     agent.editor[-1].bias.data.fill_(0.2)
     agent.logstd.data.fill_(-30), agent.edit_std.fill_(1e-9)
-
-    class Spy(orl.Reward):
-        def __call__(self, sr, target, calls, shift=(0, 0)):
-            hr.append(target)
-            return super().__call__(sr, target, calls, shift)
-
-    _, (mdp, _, _, train, args) = episodes(ldm_folder, image_folder, 1, agent)
-    _, _, (rewards, *_), infos = orl.rollout(mdp, agent, Spy(None, CPU), train, args, 1)
+    monkeypatch.setattr(orl, "score", lambda net, sr, target, *rest: hr.append(target) or score(net, sr, target, *rest))
+    (_, _, infos), (mdp, _, _, train, _) = episodes(ldm_folder, image_folder, 1, agent)
     torch.manual_seed(1)  # the same draws: crops, which of them are smoothed, noise
     train.crops(6, 32), torch.rand(6, 1, 1, 1)
-    lr = orl.downscale(hr[0])
-    sr, calls, edit, _ = mdp.super_resolve(lr, torch.randn(6, 3, 8, 8), agent)
-    expected, bicubic = orl.Reward(None, CPU)(sr, hr[0], calls), orl.Reward(None, CPU)(orl.upscale(lr).clamp(0, 1), hr[0], 0 * calls)
+    sr, calls, edit, _ = mdp.super_resolve(orl.downscale(hr[0]), torch.randn(6, 3, 8, 8), agent)
+    expected = score(None, sr, hr[0], calls)
     assert edit.abs().min() > 0.1 and infos["calls"].tolist() == calls.tolist()
     torch.testing.assert_close(infos["reward"], expected["reward"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(rewards.sum(0), expected["reward"] - bicubic["reward"], atol=1e-5, rtol=0)
 
 
 def test_psnr_is_per_image_then_mean_whatever_the_batch():
-    hr, reward = torch.full((2, 3, 16, 16), 0.0), orl.Reward(None, CPU)
+    hr = torch.full((2, 3, 16, 16), 0.0)
     sr = torch.stack([torch.full((3, 16, 16), math.sqrt(0.1)), torch.full((3, 16, 16), math.sqrt(0.5))])
-    psnr = reward(sr, hr, torch.ones(2))["psnr"]
+    psnr = orl.score(None, sr, hr, torch.ones(2))["psnr"]
     assert psnr.mean().item() == pytest.approx(6.505, abs=1e-3)  # the pooled error would give 5.229
-    alone = [reward(sr[i : i + 1], hr[i : i + 1], torch.ones(1))["psnr"] for i in (0, 1)]
+    alone = [orl.score(None, sr[i : i + 1], hr[i : i + 1], torch.ones(1))["psnr"] for i in (0, 1)]
     torch.testing.assert_close(torch.cat(alone), psnr)
 
 
 def test_a_perfect_image_has_100_db_and_ssim_never_passes_one():
     hr = torch.rand(1, 3, 32, 32)
-    found = orl.Reward(None, CPU)(hr, hr, torch.tensor([1.0]))
+    found = orl.score(None, hr, hr, torch.tensor([1.0]))
     assert found["psnr"] == 100 and found["ssim"] == pytest.approx(1, abs=1e-5) and found["ssim"] <= 1 + 1e-5
 
 
@@ -223,12 +218,12 @@ def test_the_reward_is_table_1s_sum_of_terms_in_the_unit_interval():
 
     hr = torch.rand(1, 3, 32, 32)
     sr, calls = (hr + 0.05 * torch.randn_like(hr)).clamp(0, 1), torch.tensor([4.0])
-    found = orl.Reward(Net(), CPU)(sr, hr, calls)
+    found = orl.score(Net(), sr, hr, calls)
     quality = 0.4 * found["psnr"] / 50 + 0.3 * found["ssim"]
     torch.testing.assert_close(found["reward"], quality + 0.2 * 0.7 + 0.1 * 0.96)
-    terms = torch.stack([found[f"reward/{k}"] / w for k, w in orl.Reward.WEIGHTS.items()])
+    terms = torch.stack([found[f"reward/{k}"] / w for k, w in orl.WEIGHTS.items()])
     assert terms.min() >= 0 and terms.max() <= 1
-    without = orl.Reward(None, CPU)(sr, hr, calls)
+    without = orl.score(None, sr, hr, calls)
     torch.testing.assert_close(without["reward"], (quality + 0.1 * 0.96) / 0.8)  # renormalised without LPIPS
     assert without["lpips"].isnan().all() and "reward/lpips" not in without
 
@@ -238,8 +233,8 @@ def test_a_shift_moves_the_corner_of_lpips_alone():
         def forward(self, a, b, normalize):
             return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
 
-    reward, (hr, sr), calls = orl.Reward(Net(), CPU), torch.rand(2, 1, 3, 32, 32), torch.tensor([1.0])
-    whole, moved = reward(sr, hr, calls), reward(sr, hr, calls, (3, 7))
+    (hr, sr), calls = torch.rand(2, 1, 3, 32, 32), torch.tensor([1.0])
+    whole, moved = orl.score(Net(), sr, hr, calls), orl.score(Net(), sr, hr, calls, (3, 7))
     torch.testing.assert_close(moved["lpips"], (sr - hr)[..., 3:, 7:].abs().mean().view(1))
     assert moved["lpips"] != whole["lpips"] and moved["psnr"] == whole["psnr"] and moved["ssim"] == whole["ssim"]
 
@@ -248,11 +243,11 @@ def test_a_shift_moves_the_corner_of_lpips_alone():
 def test_lpips_is_torchmetrics_lpips():
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as reference
 
-    net = orl.load_lpips()
+    net = orl.load_lpips(CPU)
     hr, sr = torch.rand(2, 2, 3, 64, 64)
-    got = orl.Reward(net, CPU)(sr, hr, torch.ones(2))["lpips"]
+    got = orl.score(net, sr, hr, torch.ones(2))["lpips"]
     torch.testing.assert_close(got.mean(), reference(sr, hr, net_type="alex", normalize=True), atol=1e-5, rtol=1e-4)
-    assert orl.Reward(net, CPU)(hr, hr, torch.ones(2))["lpips"].abs().max() < 1e-6
+    assert orl.score(net, hr, hr, torch.ones(2))["lpips"].abs().max() < 1e-6
 
 
 def test_grid_is_about_one_for_noise_and_far_above_ten_for_a_faint_pattern():
@@ -289,7 +284,7 @@ def test_the_credits_of_all_cells_sum_to_the_rewards_change_to_first_order(image
     rewards = []
     for std in (1e-9, 0.001):  # the same images, actions and noise: what changes is the edit
         agent.edit_std.fill_(std)
-        (_, edits, _, infos), _ = episodes(ROOT / "runs/ldm_x4", image_folder, 2, agent, 8, base_steps=1)
+        (_, edits, infos), _ = episodes(ROOT / "runs/ldm_x4", image_folder, 2, agent, 8, base_steps=1)
         rewards.append(infos["reward"])
     change = rewards[1] - rewards[0]
     assert change.abs().max() > 1e-5 and edits["edits"].std() == pytest.approx(0.001, rel=0.1)
@@ -298,8 +293,8 @@ def test_the_credits_of_all_cells_sum_to_the_rewards_change_to_first_order(image
 
 def test_an_image_before_its_last_step_has_no_edit_and_the_editor_gets_no_gradient_from_it(ldm_folder, image_folder):
     agent = orl.Agent(torch.ones(3), 8)
-    (batch, edits, (_, _, dones, _), _), _ = episodes(ldm_folder, image_folder, 0, agent)
-    assert len(edits["edits"]) == int(dones.sum()) < len(batch["maps"])
+    (batch, edits, _), _ = episodes(ldm_folder, image_folder, 0, agent)
+    assert len(edits["edits"]) == 6 < len(batch["maps"])
     agent.policy(batch["maps"], batch["numbers"]).log_prob(batch["actions"]).sum().backward()
     assert all(p.grad is None for p in agent.editor.parameters())
     assert any(p.grad.abs().sum() > 0 for p in agent.actor.parameters())
@@ -403,14 +398,12 @@ def test_the_agent_learns_on_an_ldm_that_predicts_noise(ldm_folder, image_folder
     """CompVis' kind: at pure noise its clean latent is noise divided by a small number, and nothing may rest on it."""
     torch.manual_seed(0)
     agent, rewards = orl.Agent(torch.ones(3), 8), []
-    _, (mdp, _, reward, train, args) = episodes(ldm_folder, image_folder, 0, agent, 32, base_steps=2, max_calls=2)
+    _, (mdp, _, net, train, args) = episodes(ldm_folder, image_folder, 0, agent, 32, base_steps=2, max_calls=2)
     assert mdp.ldm.scheduler.config.prediction_type == "epsilon"
     optimizer = torch.optim.Adam(agent.parameters(), lr=2e-3)
     agent.edit_std.fill_(0.3)
     for seed in range(24):
-        batch, edits, (paid, values, dones, running), infos = orl.rollout(mdp, agent, reward, train, args, seed)
-        estimates = orl.gae(50 * paid, values, dones, torch.zeros(32), 0.99, 0.95)
-        batch |= {k: v[running] for k, v in zip(("advantages", "returns", "values"), (*estimates, values))}
+        batch, edits, infos = orl.rollout(mdp, agent, net, train, args, seed)
         orl.update(agent, optimizer, batch, edits, args)
         rewards.append(float(infos["reward"].mean()))
     assert all(math.isfinite(r) for r in rewards)

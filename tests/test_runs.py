@@ -198,9 +198,9 @@ def test_the_shipped_agent_keeps_its_gain_over_the_plain_ldm():
     real, device = (SHARED / "data/paper8").is_dir(), torch.device("cpu")
     images = orl.load_images(str(SHARED / "data/paper8") if real else "runs/scenes", "test", (), 128, device)
     ldm = orl.load_ldm("runs/ldm_x4", device)
-    agent, reward = eval_sr.load_agent(ROOT / "runs/orl_ldm", ldm), orl.Reward(orl.load_lpips(), device)
+    agent, net = eval_sr.load_agent(ROOT / "runs/orl_ldm", ldm), orl.load_lpips(device)
     first = [images.labels.index(k) for k in range(8)]
-    rows, _ = eval_sr.measure(eval_sr.Args(crop=128), orl.Denoising(ldm, 3, 5), images, reward, agent, None, first)
+    rows, _ = eval_sr.measure(eval_sr.Args(crop=128), orl.Denoising(ldm, 3, 5), images, net, agent, None, first)
     kinds = ("psnr", "ssim", "lpips", "grid", "calls")
     mean = {m: {k: eval_sr.column(rows, m, k).mean() for k in kinds} for m in ("agent", "ldm", "ldm_consistent")}
     agent, plain, same = mean["agent"], mean["ldm"], mean["ldm_consistent"]
