@@ -148,19 +148,20 @@ def test_an_image_that_ends_early_leaves_the_others_to_go_on_and_each_gets_its_o
 # ---------------------------------------------------------------- environment, reward, judges
 
 
-def episodes(folder, images, seed, agent=None, num_envs=6, gamma=0.99, base_steps=4, max_calls=4):
-    """A rollout of these images without LPIPS, and what it was made with: environment, agent, no LPIPS, images."""
+def episodes(folder, images, seed, agent=None, num_envs=6, base_steps=4, max_calls=4, **settings):
+    """A rollout of these images without LPIPS, and what it was made with: environment, training images, settings."""
     ldm = orl.load_ldm(str(folder), CPU)
     ldm.autocast = FP32
     train, mdp = orl.load_images(str(images), "train", (), 32, CPU), orl.Denoising(ldm, base_steps, max_calls)
     agent = agent or orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels)
-    args = orl.Args(num_envs=num_envs, crop=32, gamma=gamma, gae_lambda=1.0, reward_scale=1.0)
-    return orl.rollout(mdp, agent, None, train, args, seed), (mdp, agent, None, train, args)
+    args = orl.Args(num_envs=num_envs, crop=32, **settings)
+    return orl.rollout(mdp, agent, None, train, args, seed), (mdp, train, args)
 
 
 def test_a_rollout_denoises_every_image_to_its_end_and_pays_the_reward_there(ldm_folder, image_folder):
     torch.manual_seed(0)
-    (batch, edits, infos), _ = episodes(ldm_folder, image_folder, seed=0, gamma=0.5)
+    settings = {"gamma": 0.5, "gae_lambda": 1.0, "reward_scale": 1.0}
+    (batch, edits, infos), _ = episodes(ldm_folder, image_folder, seed=0, **settings)
     calls = infos["calls"]
     assert len(calls.unique()) > 1  # images of different lengths
     assert all(len(v) == calls.sum() for v in batch.values()) and all(len(v) == 6 for v in edits.values())
@@ -187,7 +188,7 @@ def test_a_rollout_without_exploration_is_super_resolve(ldm_folder, image_folder
     agent.editor[-1].bias.data.fill_(0.2)
     agent.logstd.data.fill_(-30), agent.edit_std.fill_(1e-9)
     monkeypatch.setattr(orl, "score", lambda net, sr, target, *rest: hr.append(target) or score(net, sr, target, *rest))
-    (_, _, infos), (mdp, _, _, train, _) = episodes(ldm_folder, image_folder, 1, agent)
+    (_, _, infos), (mdp, train, _) = episodes(ldm_folder, image_folder, 1, agent)
     torch.manual_seed(1)  # the same draws: crops, which of them are smoothed, noise
     train.crops(6, 32), torch.rand(6, 1, 1, 1)
     sr, calls, edit, _ = mdp.super_resolve(orl.downscale(hr[0]), torch.randn(6, 3, 8, 8), agent)
@@ -398,12 +399,12 @@ def test_the_agent_learns_on_an_ldm_that_predicts_noise(ldm_folder, image_folder
     """CompVis' kind: at pure noise its clean latent is noise divided by a small number, and nothing may rest on it."""
     torch.manual_seed(0)
     agent, rewards = orl.Agent(torch.ones(3), 8), []
-    _, (mdp, _, net, train, args) = episodes(ldm_folder, image_folder, 0, agent, 32, base_steps=2, max_calls=2)
+    _, (mdp, train, args) = episodes(ldm_folder, image_folder, 0, agent, 32, base_steps=2, max_calls=2)
     assert mdp.ldm.scheduler.config.prediction_type == "epsilon"
     optimizer = torch.optim.Adam(agent.parameters(), lr=2e-3)
     agent.edit_std.fill_(0.3)
     for seed in range(24):
-        batch, edits, infos = orl.rollout(mdp, agent, net, train, args, seed)
+        batch, edits, infos = orl.rollout(mdp, agent, None, train, args, seed)
         orl.update(agent, optimizer, batch, edits, args)
         rewards.append(float(infos["reward"].mean()))
     assert all(math.isfinite(r) for r in rewards)
