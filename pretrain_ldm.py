@@ -247,11 +247,20 @@ def main(args: Args) -> None:
         with torch.no_grad(), autocast:
             return vae.encode(image * 2 - 1, return_dict=False)[0].float()
 
-    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """LPIPS of [-1, 1] images (n, 3, H, W), shifted by 0 to 3 px: AlexNet's stride is 4, as the cells' side."""
-        dy, dx = torch.randint(4, (2,)).tolist()
-        parts = (x[..., dy : x.shape[2] - 4 + dy, dx : x.shape[3] - 4 + dx] for x in (a, b))
-        return lpips(*parts).mean().float() if lpips else a.new_zeros(())
+    def denoise(model, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        """The U-Net's output (n, c, h, w) for latents (n, c, h, w), and LR (n, 3, h, w) in [-1, 1]."""
+        with autocast:
+            stacked = torch.cat([z, lr], 1).contiguous(memory_format=torch.channels_last)
+            return model(stacked, t, return_dict=False)[0].float()
+
+    def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, natural: int):
+        """Images (n, 3, H, W) in [-1, 1] -> L1 + MSE / 2 + 0.3 LPIPS, and LPIPS, of the first `natural` of them."""
+        error, dy, dx = output - target, *torch.randint(4, (2,)).tolist()
+        # LPIPS is shifted by 0 to 3 px: AlexNet's stride is 4, as the cells' side
+        parts = (x[:natural, :, dy : x.shape[2] - 4 + dy, dx : x.shape[3] - 4 + dx] for x in (output, target))
+        with autocast:
+            perceptual = lpips(*parts).mean().float() if lpips else output.new_zeros(())
+        return error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual, perceptual.detach()
 
     def stretch(part: str, model: nn.Module, folder: str, loss_of) -> None:
         minutes, lr, batch = (getattr(args, f"{k}_{part}") for k in ("minutes", "lr", "batch"))
@@ -267,18 +276,18 @@ def main(args: Args) -> None:
             with autocast:
                 latents = encoder(image, return_dict=False)[0]
                 output = decoder(latents + 0.02 * torch.randn_like(latents), return_dict=False)[0].float()
-                perceptual = distance(output, image)  # 60 px are few for AlexNet, but enough for texture
-            latents, error = latents.float(), output - image
+            # 60 px are few for AlexNet, but enough for texture
+            loss, perceptual = reconstruction_loss(output, image, len(image))
+            latents = latents.float()
             spread = (latents.var(dim=(0, 2, 3)) - 1).square().mean() + latents.mean(dim=(0, 2, 3)).square().mean()
-            loss = error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual + 0.01 * spread
-            psnr = 10 * torch.log10(4 / error.detach().square().mean())
-            return loss, {"psnr": psnr, "lpips": perceptual.detach(), "spread": spread.detach()}
+            psnr = 10 * torch.log10(4 / F.mse_loss(output.detach(), image))
+            return loss + 0.01 * spread, {"psnr": psnr, "lpips": perceptual, "spread": spread.detach()}
 
         stretch("autoencoder", vae, "vqvae", loss_of_autoencoder)
 
     if args.minutes_unet > 0:
         vae.requires_grad_(False)
-        denoise = compiled(unet)
+        compiled_unet = compiled(unet)
 
         def encode_crops(n: int):
             image = crops(n, args.crop)
@@ -301,10 +310,7 @@ def main(args: Args) -> None:
             noise = torch.randn_like(latents)
             noisy = scheduler.add_noise(latents, noise, t)
             velocity = scheduler.get_velocity(latents, noise, t)  # v-prediction: arXiv 2202.00512, eq. 12
-            with autocast:
-                stacked = torch.cat([noisy, lr], 1).contiguous(memory_format=torch.channels_last)
-                output = denoise(stacked, t, return_dict=False)[0]
-            return F.mse_loss(output.float(), velocity), {}
+            return F.mse_loss(denoise(compiled_unet, noisy, t, lr), velocity), {}
 
         stretch("unet", unet, "unet", loss_of_unet)
 
@@ -319,33 +325,28 @@ def main(args: Args) -> None:
             lr, z = downscale(image) * 2 - 1, torch.randn(n, LATENT_CHANNELS, 24, 24, device=device)
             scheduler.set_timesteps(calls)
             for t in scheduler.timesteps:
-                with autocast:
-                    stacked = torch.cat([z, lr], 1).contiguous(memory_format=torch.channels_last)
-                    output = unet(stacked, t, return_dict=False)[0]
-                z = scheduler.step(output.float(), t, z).prev_sample
+                z = scheduler.step(denoise(unet, z, t, lr), t, z).prev_sample
             return z, image
 
         # a pool again: `share` crops for each number of calls, two of which are renewed at every step
         drawn = [sampled_crops(share // 4, k) for k in choices for _ in range(4)]
-        pool_of_samples = [torch.cat(parts) for parts in zip(*drawn)]
+        samples, sampled_hr = (torch.cat(parts) for parts in zip(*drawn))
 
         def loss_of_decoder():
             nonlocal turn
             kind, at = turn % len(choices), share * (turn % len(choices)) + 2 * (turn // len(choices)) % share
-            for part, new in zip(pool_of_samples, sampled_crops(2, choices[kind])):
-                part[at : at + 2] = new
+            samples[at : at + 2], sampled_hr[at : at + 2] = sampled_crops(2, choices[kind])
             turn, half = turn + 1, args.batch_decoder // 2
-            pick, image = torch.randint(len(pool_of_samples[0]), (half,)), crops(half, 96)
+            pick, image = torch.randint(len(samples), (half,)), crops(half, 96)
             latents = encode(image)
-            latents = torch.cat([latents + 0.02 * torch.randn_like(latents), pool_of_samples[0][pick]])
-            target = torch.cat([image, pool_of_samples[1][pick]]) * 2 - 1
+            latents = torch.cat([latents + 0.02 * torch.randn_like(latents), samples[pick]])
+            target = torch.cat([image, sampled_hr[pick]]) * 2 - 1
             with autocast:
                 output = decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()
-                perceptual = distance(output[:half], target[:half])
-            error = output - target
+            loss, perceptual = reconstruction_loss(output, target, half)
             printed = mean_cell(output[half:] / 2 + 0.5)[0].var(1, correction=0).mean()  # 0: no cell repeats itself
-            loss = error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual + args.grid_coef * printed
-            return loss, {"l1": error.abs().mean().detach(), "lpips": perceptual.detach(), "printed": printed.detach()}
+            figures = {"l1": F.l1_loss(output.detach(), target), "lpips": perceptual, "printed": printed.detach()}
+            return loss + args.grid_coef * printed, figures
 
         stretch("decoder", vae, "vqvae", loss_of_decoder)
     writer.close()
