@@ -157,7 +157,8 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
 
 @torch.inference_mode()
 def measure(args: Args, mdp: Denoising, images: orl.Images, net, agent, rival, indices):
-    """Every method on every image -> rows (dicts with COLUMNS, reward and the image's index), the agent's decisions."""
+    """Every method on every image -> rows (dicts with COLUMNS, reward and the image's index; SR (3, H, W) in [0, 1] of
+    the plain LDM, in float16), the agent's decisions."""
     rows, decisions, by_size = [], [], {}
     vgg = load_vgg_judge(mdp.ldm.device) if args.judges else None
     for i in indices:
@@ -177,6 +178,7 @@ def measure(args: Args, mdp: Denoising, images: orl.Images, net, agent, rival, i
             for j, i in enumerate(part):
                 row = {"scene": images.scenes[images.labels[i]], "image": images.files[i], "method": method, "index": i}
                 row |= {k: float(v[j]) for k, v in found.items()}
+                row |= {"sr": sr[j].half()} if method == "ldm" else {}  # a hundred calls, not to be made again
                 rows.append(row | {"calls": int(calls[j]), "seconds": seconds})
         size, calls = edit.square().mean(dim=(1, 2, 3)).sqrt(), results["agent"][1]
         for call, (slots, s, _, action, _) in enumerate(steps, 1):
@@ -341,13 +343,12 @@ def pictures(folder: Path, mdp, images: orl.Images, net, agent, rows, args: Args
         hr = images.centre(i, 4 * mdp.ldm.stride, args.crop)[None]
         lr = downscale(hr)
         z = noise_for(mdp.ldm, [i], *lr.shape[-2:], args.seed)
-        ldm = Denoising(mdp.ldm, 100, 100).super_resolve(lr, z, consistent=False)[0]
         sr, _, edit, steps = mdp.super_resolve(lr, z, agent)
         shown = {"LR": (F.interpolate(lr, scale_factor=4), "")}
-        for label, method, image in (("without RL", "ldm", ldm), ("with RL", "agent", sr)):
+        for label, method in (("without RL", "ldm"), ("with RL", "agent")):
             m = next(r for r in rows if r["method"] == method and r["index"] == i)
             caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
-            shown[label] = (image, caption)
+            shown[label] = (m["sr"][None].float() if method == "ldm" else sr, caption)
         compared.append({"label": name, "hr": hr, "panels": shown | {"HR": (hr, "")}})
         unedited = mdp.finish(steps[-1][1].x0, lr)
         moved = (edit / agent.spread).square().mean(1, keepdim=True).sqrt()
