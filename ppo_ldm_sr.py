@@ -20,7 +20,6 @@ cell's advantage: its share of what the drawn edits changed in the image's rewar
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -38,19 +37,17 @@ import datasets
 import diffusers
 import huggingface_hub
 import lpips
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchvision.transforms.v2 import RandomCrop
-from torchvision.transforms.v2.functional import center_crop
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 
@@ -113,14 +110,13 @@ def scene_name(name: str) -> str:
     return next((p for p in PAPER_SCENES if short in (p.replace("_", ""), p.removesuffix("_area"))), snake)
 
 
-def read_image(source) -> torch.Tensor:
-    """Path or file object of an image of any mode -> uint8 RGB (3, H, W): upright, 16 bits scaled to 8, no alpha."""
-    with Image.open(source) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16-bit grey, which convert("RGB") would clip at 255
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-        image = image.convert("RGBA") if image.mode in ("P", "PA") else image
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+def read_image(source: dict) -> torch.Tensor:
+    """Path or bytes of an image of any mode -> uint8 RGB (3, H, W): upright, 16 bits scaled to 8, no alpha."""
+    image = datasets.Image().decode_example({"path": None, "bytes": None} | source)
+    if image.mode[0] in "IF":  # 16-bit grey, which convert("RGB") would clip at 255
+        image = image.convert("F").point(lambda value: value / 257 + 0.5).convert("L")
+    image = image.convert("RGBA") if image.mode in ("P", "PA") else image
+    return v2.functional.pil_to_tensor(image.convert("RGB")).contiguous()
 
 
 def image_files(root: Path) -> list[Path]:
@@ -146,7 +142,7 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
             folders = [(*file.relative_to(top).parts[:-1], top.name, top.name) for file in files]
             has_splits = any(names[0].lower() in SPLITS for names in folders)
             for file, names in zip(files, folders):
-                rows.append((*(names[:2] if has_splits else ("train", names[0])), file.name, file))
+                rows.append((*(names[:2] if has_splits else ("train", names[0])), file.name, {"path": str(file)}))
             title = (root / "TITLE").read_text().strip() if (root / "TITLE").is_file() else title
         else:
             try:
@@ -159,9 +155,8 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
             image = next(k for k in kinds if isinstance(kinds[k], datasets.Image))
             label = next(k for k in kinds if isinstance(kinds[k], datasets.ClassLabel))
             for row in table.cast_column(image, datasets.Image(decode=False)):
-                path, content = row[image]["path"], row[image]["bytes"]
-                file = Path(path or f"{len(rows):06d}").name
-                rows.append((split, kinds[label].names[row[label]], file, content or path))
+                file = Path(row[image]["path"] or f"{len(rows):06d}").name
+                rows.append((split, kinds[label].names[row[label]], file, row[image]))
     except Exception as error:
         if dataset == "auto":
             print("data: RESISC45 cannot be reached: these are the synthetic scenes that ship; every figure is theirs")
@@ -185,7 +180,7 @@ class Images:
     def centre(self, i: int, multiple: int, crop: int = 0) -> torch.Tensor:
         """The centre of image i, (3, H, W) in [0, 1]: `crop` px (0: all), cut to a multiple of `multiple`."""
         size = [min(crop or side, side) // multiple * multiple for side in self.pixels[i].shape[1:]]
-        return center_crop(self.pixels[i], size).float() / 255
+        return v2.functional.center_crop(self.pixels[i], size).float() / 255
 
     def centres(self, count: int, size: int) -> torch.Tensor:
         """Centres of `count` images (0: all) spread over the split: (count, 3, size, size) in [0, 1]."""
@@ -194,7 +189,7 @@ class Images:
 
     def crops(self, n: int, size: int) -> torch.Tensor:
         """Random crops of random images, flipped and turned by quarters: (n, 3, size, size) in [0, 1]."""
-        crop, crops = RandomCrop(size), []
+        crop, crops = v2.RandomCrop(size), []
         for i, turn in zip(torch.randint(len(self.pixels), (n,)).tolist(), torch.randint(8, (n,)).tolist()):
             pixels = crop(self.pixels[i]).rot90(turn, (1, 2))
             crops.append(pixels.flip(2) if turn < 4 else pixels)
@@ -217,9 +212,9 @@ def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int
         # choice: a dataset with one split is cut 80/20 by file name within each scene
         group = sorted((row[2:] for row in rows if row[:2] == (source, scene)), key=lambda row: row[0])
         at = max(1, len(group) * 4 // 5) if splits == ["train"] else 0
-        for file, content in group[:at] if at and split == "train" else group[at:]:
+        for file, encoded in group[:at] if at and split == "train" else group[at:]:
             try:
-                pixels = read_image(io.BytesIO(content) if isinstance(content, bytes) else content)
+                pixels = read_image(encoded)
                 if min(pixels.shape[1:]) < min_side:
                     raise ValueError(f"a side below {min_side} px")
                 images.pixels.append(pixels.to(device)), images.labels.append(k), images.files.append(file)
