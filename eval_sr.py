@@ -592,7 +592,7 @@ def super_resolve_files(args: Args, files: list[Path], mdp: Denoising, agent) ->
                 lr, valid, scale = read_geotiff(source, args.bands, args.scale)
                 notes = f", {source.dtypes[0]}, black {scale[0]:g}, white {scale[1]:g}"
             else:
-                lr = orl.read_image({"path": str(file)}).float() / 255
+                lr = orl.read_image(file).float() / 255
                 with Image.open(file) as image:
                     alpha = "A" in image.getbands() or "transparency" in image.info
                 notes = ", its alpha channel dropped" if alpha else ""

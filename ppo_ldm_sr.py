@@ -110,9 +110,10 @@ def scene_name(name: str) -> str:
     return next((p for p in PAPER_SCENES if short in (p.replace("_", ""), p.removesuffix("_area"))), snake)
 
 
-def read_image(source: dict) -> torch.Tensor:
-    """Path or bytes of an image of any mode -> uint8 RGB (3, H, W): upright, 16 bits scaled to 8, no alpha."""
-    image = datasets.Image().decode_example({"path": None, "bytes": None} | source)
+def read_image(source: Path | str | bytes) -> torch.Tensor:
+    """Path or content of an image of any mode -> uint8 RGB (3, H, W): upright, 16 bits scaled to 8, no alpha."""
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    image = datasets.Image().decode_example({"path": None, "bytes": content})
     if image.mode[0] in "IF":  # 16-bit grey, which convert("RGB") would clip at 255
         image = image.convert("F").point(lambda value: value / 257 + 0.5).convert("L")
     image = image.convert("RGBA") if image.mode in ("P", "PA") else image
@@ -128,7 +129,7 @@ def image_files(root: Path) -> list[Path]:
 
 @lru_cache
 def find_images(dataset: str) -> tuple[list[tuple], str]:
-    """(split, scene, file name, path or bytes) of all images, and their title: a folder, the Hub, a copy from there."""
+    """(split, scene, file name, path or content) of all images, and the title: a folder, the Hub, a copy from there."""
     root, name, data, rows = locate(dataset), "timm/resisc45" if dataset == "auto" else dataset, {}, []
     title = root.resolve().name if root.is_dir() else name
     try:
@@ -142,7 +143,7 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
             folders = [(*file.relative_to(top).parts[:-1], top.name, top.name) for file in files]
             has_splits = any(names[0].lower() in SPLITS for names in folders)
             for file, names in zip(files, folders):
-                rows.append((*(names[:2] if has_splits else ("train", names[0])), file.name, {"path": str(file)}))
+                rows.append((*(names[:2] if has_splits else ("train", names[0])), file.name, file))
             title = (root / "TITLE").read_text().strip() if (root / "TITLE").is_file() else title
         else:
             try:
@@ -156,7 +157,7 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
             label = next(k for k in kinds if isinstance(kinds[k], datasets.ClassLabel))
             for row in table.cast_column(image, datasets.Image(decode=False)):
                 file = Path(row[image]["path"] or f"{len(rows):06d}").name
-                rows.append((split, kinds[label].names[row[label]], file, row[image]))
+                rows.append((split, kinds[label].names[row[label]], file, row[image]["bytes"] or row[image]["path"]))
     except Exception as error:
         if dataset == "auto":
             print("data: RESISC45 cannot be reached: these are the synthetic scenes that ship; every figure is theirs")
@@ -212,9 +213,9 @@ def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int
         # choice: a dataset with one split is cut 80/20 by file name within each scene
         group = sorted((row[2:] for row in rows if row[:2] == (source, scene)), key=lambda row: row[0])
         at = max(1, len(group) * 4 // 5) if splits == ["train"] else 0
-        for file, encoded in group[:at] if at and split == "train" else group[at:]:
+        for file, content in group[:at] if at and split == "train" else group[at:]:
             try:
-                pixels = read_image(encoded)
+                pixels = read_image(content)
                 if min(pixels.shape[1:]) < min_side:
                     raise ValueError(f"a side below {min_side} px")
                 images.pixels.append(pixels.to(device)), images.labels.append(k), images.files.append(file)

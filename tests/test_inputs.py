@@ -64,14 +64,14 @@ def stops_with(capsys, *words):
 def test_an_image_of_any_mode_becomes_rgb(tmp_path, mode):
     image = picture(mode)
     image.save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
-    pixels = orl.read_image({"path": str(next(tmp_path.iterdir()))})
+    pixels = orl.read_image(next(tmp_path.iterdir()))
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 48, 64) and pixels.float().std() > 10
 
 
 def test_16_bit_grey_keeps_its_tones(tmp_path):
     values = np.linspace(0, 65535, 64 * 32).reshape(32, 64).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
-    pixels = orl.read_image({"path": str(tmp_path / "a.png")})
+    pixels = orl.read_image(tmp_path / "a.png")
     assert pixels[0, 0, 0] == 0 and pixels[0, -1, -1] == 255
     assert (pixels[0].float() - torch.from_numpy(values.astype(np.float32)) / 257).abs().max() <= 0.5
 
@@ -80,14 +80,14 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     picture(size=(64, 48)).save(tmp_path / "a.jpg", exif=exif)
-    assert orl.read_image({"path": str(tmp_path / "a.jpg")}).shape == (3, 64, 48)
+    assert orl.read_image(tmp_path / "a.jpg").shape == (3, 64, 48)
 
 
 def test_of_an_animated_gif_the_first_frame_is_taken(tmp_path):
     frames = [picture(), picture()]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     first = torch.from_numpy(np.array(frames[0])).permute(2, 0, 1).float()
-    pixels = orl.read_image({"path": str(tmp_path / "a.gif")}).float()
+    pixels = orl.read_image(tmp_path / "a.gif").float()
     assert pixels.shape == (3, 48, 64) and (pixels - first).abs().mean() < 12  # of 256 colours
 
 
@@ -95,7 +95,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
     picture().save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises((Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        orl.read_image({"path": str(tmp_path / "a.png")})
+        orl.read_image(tmp_path / "a.png")
 
 
 # ---------------------------------------------------------------- datasets
@@ -432,7 +432,7 @@ def test_no_seam_shows_between_tiles(kind):
     """The mean jump between neighbouring pixels, across the middles of the overlaps and everywhere else."""
     mdp, agent = shipped()
     photo = next((orl.Path(orl.__file__).parent / "runs/scenes/test/commercial_area").glob("*.jpg"))
-    lr = {"gradient": field("gradient", 0, 300), "photograph": orl.read_image({"path": str(photo)})[:, :200, :256].float() / 255}
+    lr = {"gradient": field("gradient", 0, 300), "photograph": orl.read_image(photo)[:, :200, :256].float() / 255}
     lr["noise"] = torch.rand(3, 200, 200, generator=torch.Generator().manual_seed(0))
     lr, tile = lr[kind], 96
     sr = 255 * eval_sr.super_resolve_image(mdp, agent, lr, tile, 16, 0)
