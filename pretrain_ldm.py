@@ -218,8 +218,8 @@ def report(args: Args, crops: Crops, device: torch.device) -> str:
 
 def main(args: Args) -> None:
     device = orl.pick_device(args.device)
-    amp, output = orl.has_bf16(device), Path(args.output)
-    print(f"device: {device.type}, {'bf16 autocast' if amp else 'fp32'}")
+    output = Path(args.output)
+    print(f"device: {device.type}, {'bf16 autocast' if orl.has_bf16(device) else 'fp32'}")
     log_file = output / "training.json"
     log = {"stretches": [], "autoencoder": 0, "unet": 0, "decoder": 0}
     log |= json.loads(log_file.read_text()) if args.resume and log_file.is_file() else {}
@@ -229,36 +229,25 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed + log["autoencoder"] + log["unet"] + log["decoder"])  # a later stretch draws anew
 
     def model_of(folder: Path, kind, make) -> nn.Module:
-        model = kind.from_pretrained(folder, torch_dtype=torch.float32) if folder.is_dir() else make()
-        return model.to(device, memory_format=torch.channels_last)
+        return kind.from_pretrained(folder, torch_dtype=torch.float32) if folder.is_dir() else make()
 
     vae = model_of(output / "vqvae", AutoencoderDC, make_autoencoder)
     unet = model_of(output / "unet", UNet2DModel, make_unet)
     scheduler = make_scheduler()
+    ldm = orl.LDM(unet, vae, scheduler, device)  # frozen: every part below says what it trains
     output.mkdir(parents=True, exist_ok=True)
     scheduler.save_config(output / "scheduler")
     LDMSuperResolutionPipeline(vqvae=vae, unet=unet, scheduler=scheduler).save_config(output)  # model_index.json
     writer = SummaryWriter(f"{output}_log")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     compiled = torch.compile if args.compile else (lambda module: module)
     lpips = orl.load_lpips(device) if args.minutes_autoencoder + args.minutes_decoder > 0 else None
-
-    def encode(image: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), autocast:
-            return vae.encode(image * 2 - 1, return_dict=False)[0].float()
-
-    def denoise(model, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
-        """The U-Net's output (n, c, h, w) for latents (n, c, h, w), and LR (n, 3, h, w) in [-1, 1]."""
-        with autocast:
-            stacked = torch.cat([z, lr], 1).contiguous(memory_format=torch.channels_last)
-            return model(stacked, t, return_dict=False)[0].float()
 
     def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, natural: int):
         """Images (n, 3, H, W) in [-1, 1] -> L1 + MSE / 2 + 0.3 LPIPS, and LPIPS, of the first `natural` of them."""
         error, dy, dx = output - target, *torch.randint(4, (2,)).tolist()
         # LPIPS is shifted by 0 to 3 px: AlexNet's stride is 4, as the cells' side
         parts = (x[:natural, :, dy : x.shape[2] - 4 + dy, dx : x.shape[3] - 4 + dx] for x in (output, target))
-        with autocast:
+        with ldm.autocast:
             perceptual = lpips(*parts).mean().float() if lpips else output.new_zeros(())
         return error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual, perceptual.detach()
 
@@ -269,11 +258,12 @@ def main(args: Args) -> None:
         log_file.write_text(json.dumps(log, indent=2) + "\n")
 
     if args.minutes_autoencoder > 0:
+        vae.requires_grad_(True)
         encoder, decoder = compiled(vae.encode), compiled(vae.decode)
 
         def loss_of_autoencoder():
             image = crops(args.batch_autoencoder, 64) * 2 - 1
-            with autocast:
+            with ldm.autocast:
                 latents = encoder(image, return_dict=False)[0]
                 output = decoder(latents + 0.02 * torch.randn_like(latents), return_dict=False)[0].float()
             # 60 px are few for AlexNet, but enough for texture
@@ -286,14 +276,14 @@ def main(args: Args) -> None:
         stretch("autoencoder", vae, "vqvae", loss_of_autoencoder)
 
     if args.minutes_unet > 0:
-        vae.requires_grad_(False)
-        compiled_unet = compiled(unet)
+        vae.requires_grad_(False), unet.requires_grad_(True)
+        denoise = compiled(unet)
 
         def encode_crops(n: int):
             image = crops(n, args.crop)
             lr = downscale(image)
             rounded = torch.rand(n, 1, 1, 1, device=device) < 0.5  # as a user's 8-bit LR image is
-            return encode(image).half(), (torch.where(rounded, (lr * 255).round() / 255, lr) * 2 - 1).half()
+            return ldm.encode(image).half(), (torch.where(rounded, (lr * 255).round() / 255, lr) * 2 - 1).half()
 
         # a pool of encoded crops, a quarter of a batch of which is renewed at every step: a crop is seen about
         # four times, each time with other noise, and the encoder costs a quarter of what it would
@@ -310,12 +300,12 @@ def main(args: Args) -> None:
             noise = torch.randn_like(latents)
             noisy = scheduler.add_noise(latents, noise, t)
             velocity = scheduler.get_velocity(latents, noise, t)  # v-prediction: arXiv 2202.00512, eq. 12
-            return F.mse_loss(denoise(compiled_unet, noisy, t, lr), velocity), {}
+            return F.mse_loss(ldm.run(denoise, torch.cat([noisy, lr], 1), t), velocity), {}
 
         stretch("unet", unet, "unet", loss_of_unet)
 
     if args.minutes_decoder > 0:
-        vae.requires_grad_(True), vae.encoder.requires_grad_(False), unet.requires_grad_(False)
+        vae.requires_grad_(False), unet.requires_grad_(False), vae.decoder.requires_grad_(True)
         decode, choices, share, turn = compiled(vae.decode), (1, 3, 10, 30), 6 * args.batch_decoder, 0
 
         @torch.no_grad()
@@ -325,7 +315,7 @@ def main(args: Args) -> None:
             lr, z = downscale(image) * 2 - 1, torch.randn(n, LATENT_CHANNELS, 24, 24, device=device)
             scheduler.set_timesteps(calls)
             for t in scheduler.timesteps:
-                z = scheduler.step(denoise(unet, z, t, lr), t, z).prev_sample
+                z = scheduler.step(ldm.run(unet, torch.cat([z, lr], 1), t), t, z).prev_sample
             return z, image
 
         # a pool again: `share` crops for each number of calls, two of which are renewed at every step
@@ -338,11 +328,10 @@ def main(args: Args) -> None:
             samples[at : at + 2], sampled_hr[at : at + 2] = sampled_crops(2, choices[kind])
             turn, half = turn + 1, args.batch_decoder // 2
             pick, image = torch.randint(len(samples), (half,)), crops(half, 96)
-            latents = encode(image)
+            latents = ldm.encode(image)
             latents = torch.cat([latents + 0.02 * torch.randn_like(latents), samples[pick]])
             target = torch.cat([image, sampled_hr[pick]]) * 2 - 1
-            with autocast:
-                output = decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()
+            output = ldm.run(decode, latents)
             loss, perceptual = reconstruction_loss(output, target, half)
             printed = mean_cell(output[half:] / 2 + 0.5)[0].var(1, correction=0).mean()  # 0: no cell repeats itself
             figures = {"l1": F.l1_loss(output.detach(), target), "lpips": perceptual, "printed": printed.detach()}
