@@ -239,7 +239,8 @@ def main(args: Args) -> None:
     scheduler.save_config(output / "scheduler")
     LDMSuperResolutionPipeline(vqvae=vae, unet=unet, scheduler=scheduler).save_config(output)  # model_index.json
     writer = SummaryWriter(f"{output}_log")
-    compiled = torch.compile if args.compile else (lambda module: module)
+    # not dynamic: the decoder is trained on two sizes of crops, on whose symbolic shapes TorchInductor stops
+    compiled = (lambda module: torch.compile(module, dynamic=False)) if args.compile else (lambda module: module)
     lpips = orl.load_lpips(device) if args.minutes_autoencoder + args.minutes_decoder > 0 else None
 
     def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, natural: int):
