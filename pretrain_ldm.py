@@ -4,11 +4,14 @@ diffusers' folder layout (`unet/`, `vqvae/`, `scheduler/`) in fp16 safetensors.
 
     python pretrain_ldm.py --dataset data/wide256 data/paper8 runs/scenes --minutes-autoencoder 30 --minutes-unet 60
 
-A second call with --resume goes on from the weights in --output for as many minutes more.
+--resume finishes a stretch that was stopped, optimiser, averages and all; where none was, it begins another from the
+weights in --output. With a larger --layers the U-Net grows without forgetting: the new blocks begin as identities.
+One training image in twelve is held back: v-loss per noise level and one call's PSNR on these are the curve.
 """
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import ppo_ldm_sr as orl
@@ -38,6 +42,8 @@ class Args:
     smooth_share: float = 0.08  # share of crops of smooth ground: a colour, a gradient, a slow wave
     output: str = "runs/ldm_x4"  # folder to write, in diffusers' layout
     resume: bool = False  # go on from the weights in --output
+    held_out: int = 12  # one training image in so many is never trained on: the curve's
+    eval_minutes: float = 15.0  # minutes between two points of the curve
     report_images: int = 48  # test images of each dataset for the figures at the end
     compile: bool = False  # torch.compile the training steps (on a CPU about 1.3 times as fast, after a minute)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
@@ -50,7 +56,10 @@ class Args:
     minutes_unet: float = 60.0  # minutes to train it (0: keep it as it is)
     batch_unet: int = 32  # crops of a step
     lr_unet: float = 6e-4  # learning rate of AdamW
-    crop: int = 128  # px of a crop
+    layers: int = 1  # residual blocks a level (and one more on the way up); more than --output has: it grows
+    crop: int = 96  # px of a crop
+    zoom: float = 0.5  # half of the crops come from images scaled down by up to this factor, antialiased
+    first_share: float = 0.25  # share of the batch at the first timestep, pure noise; the rest has any timestep
     # the decoder alone, on the U-Net's own clean latents beside the encoder's
     minutes_decoder: float = 20.0  # minutes to train it (0: keep it as it is)
     batch_decoder: int = 16  # 96 px crops of a step, half of them from the U-Net
@@ -59,6 +68,7 @@ class Args:
 
 
 LATENT_CHANNELS = 8
+EVAL_CROP = 128  # px of the centre that the figures are measured on
 
 
 def make_autoencoder() -> nn.Module:
@@ -70,11 +80,34 @@ def make_autoencoder() -> nn.Module:
     return AutoencoderDC(latent_channels=LATENT_CHANNELS, scaling_factor=1.0, **both, **ends)
 
 
-def make_unet() -> nn.Module:
-    """U-Net on latents and LR image (concatenated, as in CompVis' model), 5 M parameters."""
-    c, widths = LATENT_CHANNELS, (64, 128, 160)
-    blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3, "layers_per_block": 1}
-    return UNet2DModel(sample_size=32, in_channels=c + 3, out_channels=c, block_out_channels=widths, **blocks)
+def make_unet(layers: int) -> nn.Module:
+    """U-Net on latents and LR image (concatenated, as in CompVis' model): 5.4 M parameters, 2.4 M more a layer."""
+    c, kinds = LATENT_CHANNELS, {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    sizes = {"sample_size": 32, "block_out_channels": (64, 128, 160), "layers_per_block": layers}
+    return UNet2DModel(in_channels=c + 3, out_channels=c, **sizes, **kinds)
+
+
+@torch.no_grad()
+def grow(old: nn.Module, layers: int) -> nn.Module:
+    """The same function with more residual blocks a level: `old` copied, the new blocks identities (Net2Net, arXiv
+    1511.05641): their second convolution is zero, and on the way up, where a block takes a skip as well, its shortcut
+    passes on what came from below."""
+    new, extra = make_unet(layers), layers - old.config.layers_per_block
+    source, state = old.state_dict(), new.state_dict()
+    for name, value in source.items():
+        parts = name.split(".")
+        if parts[0] == "up_blocks" and parts[2] == "resnets" and int(parts[3]) > 0:
+            parts[3] = str(int(parts[3]) + extra)  # up the skips come in reverse: the new ones after the first
+        state[".".join(parts)] = value
+    new.load_state_dict(state)
+    for block in new.down_blocks:
+        for resnet in block.resnets[-extra:]:
+            nn.init.zeros_(resnet.conv2.weight), nn.init.zeros_(resnet.conv2.bias)
+    for block in new.up_blocks:
+        for resnet in block.resnets[1 : 1 + extra]:
+            nn.init.zeros_(resnet.conv2.weight), nn.init.zeros_(resnet.conv2.bias)
+            nn.init.dirac_(resnet.conv_shortcut.weight), nn.init.zeros_(resnet.conv_shortcut.bias)
+    return new
 
 
 def make_scheduler():
@@ -97,12 +130,29 @@ def smooth(n: int, size: int) -> torch.Tensor:
     return ((colour + tint * (gradient + wave)).clamp(0, 1) * 255).round() / 255
 
 
+def zoomed(pixels: torch.Tensor, size: int, smallest: float) -> torch.Tensor:
+    """uint8 (3, H, W) -> (3, size, size): a random crop, in half of the cases of the image scaled down by a random
+    factor of at least `smallest`."""
+    factor = max(smallest + (1 - smallest) * torch.rand(()).item(), size / min(pixels.shape[1:]))
+    if factor < 1 and torch.rand(()) < 0.5:
+        sides = [round(factor * side) for side in pixels.shape[1:]]
+        pixels = v2.functional.resize(pixels, sides, v2.InterpolationMode.BICUBIC, antialias=True)
+    top, left = (int(torch.randint(side - size + 1, ())) for side in pixels.shape[1:])
+    return pixels[:, top : top + size, left : left + size]
+
+
 class Crops:
     """Random training crops of several datasets: the first two by their number of images, the rest a small share."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.sets = [orl.load_images(name, "train", (), args.crop, device) for name in args.dataset]
-        weight = [float(len(images.files)) for images in self.sets]
+        self.sets = [orl.load_images(name, "train", (), max(args.crop, 96), device) for name in args.dataset]
+        self.held_out = []  # centres (n, 3, EVAL_CROP, EVAL_CROP) of images that are never trained on, a set each
+        for images in self.sets:
+            kept = range(0, len(images.files), args.held_out)
+            self.held_out.append(torch.stack([images.centre(i, 1, EVAL_CROP) for i in kept]))
+            images.pixels = [pixels for i, pixels in enumerate(images.pixels) if i not in kept]
+        self.zoom = args.zoom
+        weight = [float(len(images.pixels)) for images in self.sets]
         small = sum(weight[2:])
         if small:
             share = args.small_share / (1 - args.small_share) * sum(weight[:2])
@@ -113,11 +163,17 @@ class Crops:
         """(n, 3, size, size) in [0, 1]."""
         calm = int((torch.rand(n) < self.smooth_share).sum())
         which = torch.multinomial(self.weight, max(1, n - calm), replacement=True)
-        batch = [smooth(calm, size).to(self.device)] if calm else []
+        batch = list(smooth(calm, size).to(self.device))
         for i, images in enumerate(self.sets):
             if count := int((which == i).sum()):
-                batch.append(images.crops(count, size))
-        return torch.cat(batch)[:n].contiguous(memory_format=torch.channels_last)
+                batch += [self.crop(images, size) for _ in range(count)]
+        return torch.stack(batch[:n]).contiguous(memory_format=torch.channels_last)
+
+    def crop(self, images: orl.Images, size: int) -> torch.Tensor:
+        """One crop (3, size, size) in [0, 1] of a random image, flipped and turned."""
+        which, turn = int(torch.randint(len(images.pixels), ())), int(torch.randint(8, ()))
+        crop = zoomed(images.pixels[which], size, self.zoom).rot90(turn, (1, 2))
+        return (crop.flip(2) if turn < 4 else crop).float() / 255
 
 
 def save_part(model: nn.Module, folder: Path) -> None:
@@ -130,23 +186,53 @@ def save_part(model: nn.Module, folder: Path) -> None:
     part.replace(folder / "diffusion_pytorch_model.safetensors")
 
 
-def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch: int, folder: Path, writer, start):
-    """AdamW with warm-up, constant rate and a cosine end, for `minutes`; saves every five minutes -> samples seen.
+def train(name: str, model: nn.Module, loss_of, args: Args, folder: Path, seen: int, writer, curve=None) -> int:
+    """AdamW with warm-up, constant rate and a cosine end, for `minutes_NAME` -> samples seen in all.
 
-    loss_of: () -> (scalar loss, figures for the log); start: samples seen before. The model ends with the mean weights.
+    loss_of: () -> (scalar loss, figures for the log); seen: samples seen before; curve: model -> figures of held-out
+    images, every `eval_minutes`. Every five minutes the mean weights go into `folder`, and what a resume needs beside
+    the log; a stretch that was stopped goes on there. The model ends with the mean weights.
     """
+    seconds, lr, batch = (getattr(args, f"{k}_{name}") for k in ("minutes", "lr", "batch"))
+    seconds *= 60
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
     # exponential moving average of the weights, shorter at first
     average = AveragedModel(model, avg_fn=lambda mean, new, n: mean.lerp(new, 1 - min(0.999, n / (n + 10))))
-    began = saved = time.time()
-    seconds, seen, step, smoothed = minutes * 60, start, 0, None
+    state = {"elapsed": 0.0, "step": 0, "seen": seen}
+    file = Path(f"{args.output}_log") / f"{name}.pt"
+    if args.resume and file.is_file():
+        saved = torch.load(file, weights_only=True)
+        if saved["state"]["elapsed"] < seconds and saved["state"]["seen"] >= seen:
+            model.load_state_dict(saved["model"]), average.load_state_dict(saved["average"])
+            optimizer.load_state_dict(saved["optimizer"])
+            state = saved["state"]
+            torch.manual_seed(args.seed + state["seen"])
+            print(f"{name}: goes on after {state['elapsed'] / 60:.0f} of {seconds / 60:.0f} minutes")
+    saved_at = last = time.time()
+    evaluated, started, first, smoothed = -math.inf, time.time(), state["seen"], None
     shape = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
     bar = tqdm(total=round(seconds), desc=name, unit="s", mininterval=5, bar_format=shape)
-    while time.time() - began < seconds:
-        progress = (time.time() - began) / seconds
+
+    def save() -> None:
+        save_part(average.module, folder)
+        parts = {"model": model, "average": average, "optimizer": optimizer}
+        orl.save_run(file, {k: v.state_dict() for k, v in parts.items()} | {"state": state})
+
+    while state["elapsed"] < seconds:
+        # what is longer than a step was compilation, or a machine that did something else: no training
+        now, elapsed = time.time(), state["elapsed"]
+        state["elapsed"], last = elapsed + min(now - last, 3.0), now
+        if curve and elapsed - evaluated > 60 * args.eval_minutes:
+            evaluated, figures = elapsed, curve(average.module)
+            for key, figure in figures.items():
+                writer.add_scalar(f"held_out/{key}", figure, state["seen"])
+            tqdm.write(f"{name} {state['seen']}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+            sys.stdout.flush()
+            last = time.time()  # measuring is not training
+        progress = elapsed / seconds
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 0.5) / 0.5))
-        rate = lr * min(1, (step + 1) / 200) * (1 if progress < 0.5 else cosine)
+        rate = lr * min(1, (state["step"] + 1) / 200) * (1 if progress < 0.5 else cosine)
         optimizer.param_groups[0]["lr"] = rate
         loss, figures = loss_of()
         optimizer.zero_grad(set_to_none=True)
@@ -154,24 +240,25 @@ def train(name: str, model: nn.Module, loss_of, minutes: float, lr: float, batch
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         average.update_parameters(model)
-        step, seen = step + 1, seen + batch
-        if step % 50 == 0:
+        state |= {"step": state["step"] + 1, "seen": state["seen"] + batch}
+        if state["step"] % 50 == 0:
             value = loss.item()
             if not math.isfinite(value):
-                stop(f"the {name}'s loss is {value} after {seen} samples; lower its learning rate, go on with --resume")
+                stop(f"the {name}'s loss is {value}; lower its learning rate, go on with --resume")
             smoothed = value if smoothed is None else 0.9 * smoothed + 0.1 * value
             for key, figure in {"loss": smoothed, "learning_rate": rate, **figures}.items():
-                writer.add_scalar(f"{name}/{key}", float(figure), seen)
-            now = time.time()
-            bar.n = min(round(now - began), round(seconds))
-            bar.set_postfix_str(f"loss {smoothed:.4f}, {seen} samples, {(seen - start) / (now - began):.0f}/s")
-        if time.time() - saved > 300:
-            saved = time.time()
-            save_part(average.module, folder)
+                writer.add_scalar(f"{name}/{key}", float(figure), state["seen"])
+            bar.n = min(round(elapsed), round(seconds))
+            speed = (state["seen"] - first) / (time.time() - started)
+            bar.set_postfix_str(f"loss {smoothed:.4f}, {state['seen']} samples, {speed:.0f}/s")
+        if time.time() - saved_at > 300:
+            saved_at = time.time()
+            save()
     bar.close()
     model.load_state_dict(average.module.state_dict())
-    save_part(average.module, folder)
-    return seen
+    state["elapsed"] = math.inf  # this stretch is over: a resume begins another
+    save()
+    return state["seen"]
 
 
 def pca_yardstick(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
@@ -187,7 +274,7 @@ def pca_yardstick(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
 def report(args: Args, crops: Crops, device: torch.device) -> str:
     """Test-set figures of the model in --output: reconstruction, and plain DDIM at several numbers of steps."""
     ldm, net = orl.load_ldm(args.output, device), orl.load_lpips(device)
-    train = crops(512, args.crop)
+    train = crops(512, EVAL_CROP)
     lines = ["| images | what | PSNR (dB) | SSIM | LPIPS | VIF | grid |", "|---|---|---|---|---|---|---|"]
 
     def line(title: str, what: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
@@ -197,12 +284,12 @@ def report(args: Args, crops: Crops, device: torch.device) -> str:
         lines.append(f"| {title} | {what} | " + " | ".join(cells) + " |")
 
     for name in args.dataset:
-        test = orl.load_images(name, "test", (), args.crop, device)
+        test = orl.load_images(name, "test", (), EVAL_CROP, device)
         indices = range(0, len(test.files), -(-len(test.files) // args.report_images))
-        hr = torch.stack([test.centre(i, 4 * ldm.stride, args.crop) for i in indices])
+        hr = torch.stack([test.centre(i, 4 * ldm.stride, EVAL_CROP) for i in indices])
         lr = downscale(hr)
         z = orl.noise_for(ldm, indices, *lr.shape[-2:], 0)
-        title = f"{test.title}, {len(indices)} test images, centre {args.crop} px"
+        title = f"{test.title}, {len(indices)} test images, centre {EVAL_CROP} px"
         line(title, "HR itself", hr, hr)
         line(title, "bicubic", orl.upscale(lr).clamp(0, 1), hr)
         line(title, f"PCA of 4 x 4 patches, {LATENT_CHANNELS} channels", pca_yardstick(train, hr), hr)
@@ -232,7 +319,10 @@ def main(args: Args) -> None:
         return kind.from_pretrained(folder, torch_dtype=torch.float32) if folder.is_dir() else make()
 
     vae = model_of(output / "vqvae", AutoencoderDC, make_autoencoder)
-    unet = model_of(output / "unet", UNet2DModel, make_unet)
+    unet = model_of(output / "unet", UNet2DModel, lambda: make_unet(args.layers))
+    if args.layers > unet.config.layers_per_block:
+        unet = grow(unet, args.layers)
+        print(f"U-Net: grown to {args.layers} blocks a level, {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M")
     scheduler = make_scheduler()
     ldm = orl.LDM(unet, vae, scheduler, device)  # frozen: every part below says what it trains
     output.mkdir(parents=True, exist_ok=True)
@@ -252,10 +342,9 @@ def main(args: Args) -> None:
             perceptual = lpips(*parts).mean().float() if lpips else output.new_zeros(())
         return error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual, perceptual.detach()
 
-    def stretch(part: str, model: nn.Module, folder: str, loss_of) -> None:
-        minutes, lr, batch = (getattr(args, f"{k}_{part}") for k in ("minutes", "lr", "batch"))
-        log[part] = train(part, model, loss_of, minutes, lr, batch, output / folder, writer, log[part])
-        log["stretches"].append({f"{part}_minutes": minutes, f"{part}_samples": log[part]})
+    def stretch(part: str, model: nn.Module, folder: str, loss_of, curve=None) -> None:
+        log[part] = train(part, model, loss_of, args, output / folder, log[part], writer, curve)
+        log["stretches"].append({f"{part}_minutes": getattr(args, f"minutes_{part}"), f"{part}_samples": log[part]})
         log_file.write_text(json.dumps(log, indent=2) + "\n")
 
     if args.minutes_autoencoder > 0:
@@ -290,6 +379,39 @@ def main(args: Args) -> None:
         # four times, each time with other noise, and the encoder costs a quarter of what it would
         pool = [torch.cat(parts) for parts in zip(*(encode_crops(2 * args.batch_unet) for _ in range(64)))]
 
+        last = scheduler.config.num_train_timesteps - 1
+        first = round(args.first_share * args.batch_unet)  # without noise's help, a regression: it needs its own share
+
+        def velocity_loss(model, latents, lr, t):
+            """Mean square error (n,) of the v-prediction: arXiv 2202.00512, eq. 12."""
+            noise = torch.randn_like(latents)
+            noisy, velocity = scheduler.add_noise(latents, noise, t), scheduler.get_velocity(latents, noise, t)
+            output = ldm.run(model, torch.cat([noisy, lr], 1), t)
+            return (output - velocity).square().mean(dim=(1, 2, 3))
+
+        @torch.no_grad()
+        def curve(model):
+            """v-loss of held-out images at several noise levels, and what one call + consistency gives, a set each."""
+            found = {}
+            with torch.random.fork_rng(devices=[]):
+                for name, hr in zip(args.dataset[:2], crops.held_out):
+                    torch.manual_seed(0)
+                    name, parts, rows = Path(name).name, [], []
+                    for part in hr.split(32):
+                        latents, lr = ldm.encode(part), downscale(part)
+                        levels = [torch.full((len(part),), t, device=device) for t in (100, 300, 500, 700, 900, last)]
+                        rows.append(torch.stack([velocity_loss(model, latents, 2 * lr - 1, t) for t in levels]))
+                        z = torch.cat([torch.randn_like(latents), 2 * lr - 1], 1)
+                        sr = ldm.decode(-ldm.run(model, z, levels[-1]))  # v at pure noise is minus the clean latent
+                        sr = (sr + orl.upscale(lr - downscale(sr))).clamp(0, 1)
+                        score = orl.score(None, sr, part, torch.zeros(len(part), device=device))
+                        parts.append(torch.stack([score["psnr"], score["ssim"]]))
+                    losses, (psnr, ssim) = torch.cat(rows, 1).mean(1), torch.cat(parts, 1).mean(1)
+                    found |= {f"{name}/{t[0]}": float(v) for t, v in zip(levels, losses)}
+                    found |= {f"{name}/mean": float(losses[:5].mean()), f"{name}/psnr": float(psnr)}
+                    found[f"{name}/ssim"] = float(ssim)
+            return found
+
         def loss_of_unet():
             renew = args.batch_unet // 4
             slot = torch.randint(len(pool[0]), (renew,))
@@ -297,13 +419,11 @@ def main(args: Args) -> None:
                 part[slot] = new
             pick = torch.randint(len(pool[0]), (args.batch_unet,))
             latents, lr = (part[pick].float() for part in pool)
-            t = torch.randint(scheduler.config.num_train_timesteps, (args.batch_unet,), device=device)
-            noise = torch.randn_like(latents)
-            noisy = scheduler.add_noise(latents, noise, t)
-            velocity = scheduler.get_velocity(latents, noise, t)  # v-prediction: arXiv 2202.00512, eq. 12
-            return F.mse_loss(ldm.run(denoise, torch.cat([noisy, lr], 1), t), velocity), {}
+            t = torch.randint(last + 1, (args.batch_unet,), device=device)
+            t[:first] = last
+            return velocity_loss(denoise, latents, lr, t).mean(), {}
 
-        stretch("unet", unet, "unet", loss_of_unet)
+        stretch("unet", unet, "unet", loss_of_unet, curve)
 
     if args.minutes_decoder > 0:
         vae.requires_grad_(False), unet.requires_grad_(False), vae.decoder.requires_grad_(True)

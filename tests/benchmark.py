@@ -42,14 +42,14 @@ def seconds(function) -> float:
 
 def main(args: Args) -> None:
     device, run, settings = orl.pick_device(args.device), orl.locate(args.agent), orl.Args()
-    _, state = orl.load_tensors(run / "agent.safetensors")
+    state = eval_sr.load_run(run)
     ldm = orl.load_ldm(state["args"]["ldm"], device)
-    agent = eval_sr.load_agent(run, ldm)
+    agent = eval_sr.load_agent(state, ldm)
     mdp = orl.Denoising(ldm, settings.base_steps, settings.max_calls)
     train = orl.load_images(args.dataset, "train", (), settings.crop, device)
     net = orl.load_lpips(device)
     n, side, calls = settings.num_envs, settings.crop // 4, 3
-    s = mdp.call(torch.rand(n, 3, side, side, device=device), orl.noise_for(ldm, range(n), side, side, 0))
+    s = mdp.start(torch.rand(n, 3, side, side, device=device), orl.noise_for(ldm, range(n), side, side, 0))
 
     @torch.no_grad()
     def bare_calls() -> None:
@@ -57,7 +57,7 @@ def main(args: Args) -> None:
             ldm.predict(s.z, s.t, s.lr)
 
     learner = orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels).to(device)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=settings.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam([{"params": group} for group in learner.groups()], lr=settings.learning_rate, eps=1e-5)
     unet, rollout, update, ppo = [], [], [], []
     for seed in range(args.pairs + 1):  # the first one warms up
         kept = []

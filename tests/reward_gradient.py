@@ -3,7 +3,7 @@
     python tests/reward_gradient.py --agent runs/orl_ldm --dataset data/paper8 --minutes 10
 
 It follows the plain LDM's steps (no noise scale, no stride: the number of calls has no gradient) and edits the last clean
-latent. Writes reward_gradient.safetensors and the curve of its held-out reward (reward_gradient/events.*, over denoiser
+latent. Writes reward_gradient.pt and the curve of its held-out reward (reward_gradient/events.*, over denoiser
 calls) into the run folder of the agent that it is compared with; eval_sr.py then shows a row and a line.
 """
 
@@ -34,7 +34,7 @@ class Args:
 
 def main(args: Args) -> None:
     device, run = orl.pick_device(args.device), orl.locate(args.agent)
-    _, state = orl.load_tensors(run / "agent.safetensors")
+    state = orl.load_run(run / "agent.pt")
     trained = state["args"]
     ldm = orl.load_ldm(trained["ldm"], device)
     mdp, crop = orl.Denoising(ldm, trained["base_steps"], trained["max_calls"]), trained["crop"]
@@ -56,7 +56,7 @@ def main(args: Args) -> None:
             lr = orl.downscale(hr)
             with torch.no_grad():
                 z = torch.randn(len(lr), ldm.latent_channels, *lr.shape[-2:], device=device)
-                z, observation, spent_calls, _ = mdp.denoise(lr, z)
+                z, spent_calls, observation, _ = mdp.denoise(lr, z)
             edit = agent.edit_policy(*observation).mean
             shift = torch.randint(8, (2,)).tolist()  # as the agent's environment does
             found = orl.score(net, mdp.finish(z + edit, lr), hr, spent_calls, shift)["reward"].mean()
@@ -69,7 +69,7 @@ def main(args: Args) -> None:
                 held = orl.evaluate(mdp, held_out, net, agent, trained["seed"])["reward"].mean()
                 writer.add_scalar("eval/reward_agent", float(held), calls)
             bar.set_postfix_str(f"{step} steps, reward {float(found.detach()):.4f}")
-    orl.save_tensors(run / "reward_gradient.safetensors", agent.state_dict(), state | {"step": step})
+    orl.save_run(run / "reward_gradient.pt", state | {"agent": agent.state_dict(), "step": step})
     writer.close()
     print(f"{step} steps of {args.batch} images, {calls} calls, held-out reward {float(held):.4f}; written to {run}")
 
