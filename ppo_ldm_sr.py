@@ -567,7 +567,7 @@ class Denoising:
         sr = self.ldm.decode(z)
         return (sr + upscale(lr - downscale(sr))).clamp(0, 1) if consistent else sr
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def super_resolve(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, consistent: bool = True):
         """`denoise` under the mean policy, edited by its mean and decoded -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,),
         edit (n, c, h, w), Steps. Without agent and consistency it is the stock pipeline."""
@@ -778,11 +778,11 @@ def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
 def evaluate(mdp: Denoising, hr: torch.Tensor, net, agent, seed: int, consistent: bool = True) -> dict:
     """HR (n, 3, H, W) in [0, 1] -> what `score` says of its super-resolved images, (n,) each."""
     parts = []
-    for indices in torch.arange(len(hr)).split(16):
-        lr = downscale(hr[indices])
-        z = noise_for(mdp.ldm, indices.tolist(), *lr.shape[-2:], seed)
+    for part in hr.split(16):
+        lr, first = downscale(part), sum(len(found["psnr"]) for found in parts)
+        z = noise_for(mdp.ldm, range(first, first + len(part)), *lr.shape[-2:], seed)
         sr, calls, *_ = mdp.super_resolve(lr, z, agent, consistent)
-        parts.append(score(net, sr, hr[indices], calls.float()))
+        parts.append(score(net, sr, part, calls.float()))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 

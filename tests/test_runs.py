@@ -1,5 +1,6 @@
 """Whole runs of the three scripts, as a user starts them: tiny models, seconds each."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -12,6 +13,7 @@ import sys
 import pytest
 import torch
 import tyro
+import rehearsal
 from conftest import ROOT, SHARED
 
 import eval_sr
@@ -336,3 +338,35 @@ def test_the_method_is_one_file_that_imports_nothing_of_ours_and_fits_its_width(
     assert max(map(len, lines)) <= 120
     ours = "|".join(p.stem for p in ROOT.glob("*.py"))
     assert [line.strip() for line in lines if re.match(rf"\s*(import|from) ({ours})\b", line)] == ["import lpips_weights"]
+
+
+def test_a_whole_iteration_stays_on_its_device_and_seldom_makes_the_host_wait(ldm_folder, image_folder, tmp_path, monkeypatch):
+    """On a rehearsed accelerator, since a device mix-up shows on no CPU; on CUDA itself where there is one."""
+    if torch.cuda.is_available():
+        device, seen = torch.device("cuda"), None
+    else:
+        device, seen = rehearsal.DEVICE, rehearsal.Rehearsal()
+        monkeypatch.setattr(orl, "has_bf16", lambda device: False)
+        off = torch.autocast("cpu", enabled=False)
+        monkeypatch.setattr(torch, "autocast", lambda *rest, **more: off)
+        monkeypatch.setitem(orl.CHUNK, "meta", 4)
+    args = orl.Args(num_envs=8, crop=64)
+    with seen or contextlib.nullcontext():
+        ldm = orl.load_ldm(str(ldm_folder), device)
+        images, mdp = orl.load_images(str(image_folder), "train", (), 64, device), orl.Denoising(ldm, 3, 5)
+        spread = ldm.encode(images.crops(8, 64)).std(dim=(0, 2, 3))
+        agent = orl.Agent(spread, ldm.hidden_channels).to(device)
+        optimizer = torch.optim.Adam([{"params": group} for group in agent.groups()], lr=1e-3, foreach=False)
+        assert {p.device.type for p in [*agent.parameters(), *ldm.unet.parameters(), *images.pixels]} == {device.type}
+        before = sum((seen.waits if seen else {}).values())
+        batch, edits, infos = orl.rollout(mdp, agent, None, images, args, 0)
+        rolled = sum((seen.waits if seen else {}).values())
+        losses = orl.update(agent, optimizer, batch, edits, args)
+        updated = sum((seen.waits if seen else {}).values())
+        orl.evaluate(mdp, images.centres(2, 64), None, agent, 0)
+        assert {v.device.type for v in [*batch.values(), *edits.values(), *infos.values(), *losses.values()]} == {device.type}
+    if seen:
+        assert not seen.mixed, seen.mixed
+        calls = int(infos["calls"].inner.max())
+        assert rolled - before <= calls, seen.waits  # each call asks once which images go on
+        assert updated == rolled, seen.waits  # the update never waits
