@@ -2,7 +2,6 @@
 
     python eval_sr.py                                        # runs/orl_ldm on the images that it was trained for
     python eval_sr.py --agent runs/NAME --dataset data/paper8 --crop 128
-    python eval_sr.py --images photo.png scene.tif folder/   # super-resolves your own LR images, 4x, no metrics
 
 Every method sees the same images and the same noise. `bicubic` is the floor, `autoencoder` (the HR image encoded and
 decoded) the ceiling; `ldm` is the plain LDM at 100 steps, `ldm_same_calls` with as many calls as the agent spends on
@@ -10,24 +9,20 @@ the image, `ldm_consistent` the same with the consistency that every steered ima
 agent, `reward_gradient` the same actor trained by the reward's own gradient (tests/reward_gradient.py).
 """
 
-import copy
-import csv
 import math
-import os
+import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import lpips
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
 from matplotlib import pyplot as plt
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.image import peak_signal_noise_ratio, visual_information_fidelity
@@ -48,7 +43,7 @@ METHODS = {
     "autoencoder": "autoencoder (ceiling)",
 }
 JUDGES = ("vif", "grid", "weave", "lpips_vgg")  # what the reward does not contain
-COLUMNS = ("scene", "image", "method", "psnr", "ssim", "lpips", *JUDGES, "calls", "seconds", "lr_psnr")
+COLUMNS = ["scene", "image", "method", "psnr", "ssim", "lpips", *JUDGES, "calls", "seconds", "lr_psnr"]
 COMPONENTS = ("noise", "stride")
 DIGITS = {"psnr": 3, "vif": 3, "grid": 1, "weave": 3, "calls": 1, "seconds": 3, "lr_psnr": 1}  # of the tables; else 4
 BETTER = {"psnr": 1, "ssim": 1, "lpips": -1, "vif": 1, "reward": 1}  # the sign of an improvement
@@ -56,25 +51,21 @@ BETTER = {"psnr": 1, "ssim": 1, "lpips": -1, "vif": 1, "reward": 1}  # the sign 
 
 @dataclass
 class Args:
-    # the agent, and what both uses share
+    # the agent
     agent: str = "runs/orl_ldm"  # run folder of the agent
     ldm: str | None = None  # LDM that the agent was trained with (None: as its run folder says)
-    output: str | None = None  # folder to write to (None: the run folder or NAME_on_IMAGES; beside each of --images)
-    batch_size: int = 16  # images (or tiles) denoised at once
+    output: str | None = None  # folder to write to (None: the run folder or NAME_on_IMAGES)
+    batch_size: int = 16  # images denoised at once
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     seed: int = 0  # seed of the noise
-    # the table and the pictures, of images whose HR is known
+    # the images, whose HR is known
     dataset: str | None = None  # image folder, Hub name or auto (None: the agent's own, or auto where that is missing)
     split: str = "test"  # split of the dataset
     scenes: tuple[str, ...] = ()  # scenes to evaluate (none named: the paper's eight where they are, else all)
     crop: int = 0  # px of the centre that is evaluated; 0: the whole image
     limit: int = 0  # images a scene at most; 0: all
     judges: bool = False  # LPIPS on VGG16 as one more column (528 MB where it is not cached, 64 MB from PyPI)
-    # your own LR images
-    images: tuple[str, ...] | None = None  # LR images or folders: NAME_sr.png, or NAME_sr.tif of a GeoTIFF
-    tile: int = 144  # LR px of a tile; larger images are tiled
-    bands: tuple[int, int, int] = (1, 2, 3)  # bands of a GeoTIFF to take as red, green and blue
-    scale: tuple[float, float] | None = None  # values of a GeoTIFF to show as black and white (None: 2%, 98%)
+    images: tuple[str, ...] | None = None  # gone: your own LR images are super-resolved by upscale_sr.py
 
 
 # ------------------------------------------------------------------------------------------------ table
@@ -158,8 +149,8 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
 
 @torch.inference_mode()
 def measure(args: Args, mdp: Denoising, images: orl.Images, net, agent, rival, indices):
-    """Every method on every image -> rows (dicts with COLUMNS, reward and the image's index; SR (3, H, W) in [0, 1] of
-    the plain LDM, in float16), the agent's decisions."""
+    """Every method on every image -> a table of COLUMNS, reward and the image's index, a row for each image and method,
+    in which the plain LDM's rows also hold its SR (3, H, W) in [0, 1], in float16; the agent's decisions."""
     rows, decisions, by_size = [], [], {}
     vgg = load_vgg_judge(mdp.ldm.device) if args.judges else None
     for i in indices:
@@ -188,13 +179,13 @@ def measure(args: Args, mdp: Denoising, images: orl.Images, net, agent, rival, i
             for j, slot in enumerate(step.slots.tolist()):
                 decision = {k: float(v[j]) for k, v in values.items()} | {"call": call, "t": int(step.state.t[j])}
                 decisions.append(decision | {"edit": float(size[slot]) if call == calls[slot] else math.nan})
-    return rows, decisions
+    return pd.DataFrame(rows), decisions
 
 
-def column(rows, method: str, key: str, scene: str | None = None) -> np.ndarray:
+def column(rows: pd.DataFrame, method: str, key: str, scene: str | None = None) -> np.ndarray:
     """One figure of one method over the images, always in the same order of images."""
-    found = [r for r in rows if r["method"] == method and scene in (None, r["scene"])]
-    return np.array([r[key] for r in sorted(found, key=lambda r: r["index"])])
+    chosen = rows[(rows["method"] == method) & ((rows["scene"] == scene) if scene else True)]
+    return chosen.sort_values("index")[key].to_numpy()
 
 
 def interval(difference: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
@@ -212,9 +203,9 @@ def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
 
 
-def table(rows, decisions: list[dict], scenes: list[str], title: str) -> str:
+def table(rows: pd.DataFrame, decisions: list[dict], scenes: list[str], title: str) -> str:
     """Markdown: the paper's Table 2, every method over all images, the agent's gains, what it does at each call."""
-    methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
+    methods = [m for m in METHODS if m in set(rows["method"])]
     scenes = [scene for scene in scenes if len(column(rows, "agent", "psnr", scene))]
     lines = []
     for scene in [*scenes, None]:
@@ -261,14 +252,6 @@ def table(rows, decisions: list[dict], scenes: list[str], title: str) -> str:
     return "\n".join(text) + "\n"
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """One line per image and method."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-
-
 # ------------------------------------------------------------------------------------------------ pictures
 
 
@@ -312,7 +295,7 @@ def panels(path: Path, lines: list[dict], title: str) -> None:
     plt.close(fig)
 
 
-def plane(path: Path, rows: list[dict], frontier: dict[int, tuple[float, float]], title: str) -> None:
+def plane(path: Path, rows: pd.DataFrame, frontier: dict[int, tuple[float, float]], title: str) -> None:
     """The distortion-perception plane: PSNR against LPIPS of every method, and of the plain LDM at 1 to 100 calls."""
     fig, ax = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
     ax.plot(*zip(*frontier.values()), color="0.6", marker=".", label="plain LDM, by calls")
@@ -339,7 +322,7 @@ def pictures(folder: Path, mdp, images: orl.Images, net, agent, rows, args: Args
     writer = SummaryWriter(folder, filename_suffix=".pictures")
     for name in [name for name in images.scenes if len(column(rows, "agent", "psnr", name))]:
         gain = column(rows, "agent", "reward", name) - column(rows, "ldm", "reward", name)
-        index = sorted(r["index"] for r in rows if r["method"] == "agent" and r["scene"] == name)
+        index = column(rows, "agent", "index", name).tolist()
         i = index[int(np.argsort(gain)[len(gain) // 2])]
         sample += index[: max(1, 40 // len(images.scenes))]
         hr = images.centre(i, 4 * mdp.ldm.stride, args.crop)[None]
@@ -348,7 +331,7 @@ def pictures(folder: Path, mdp, images: orl.Images, net, agent, rows, args: Args
         sr, _, edit, steps = mdp.super_resolve(lr, z, agent)
         shown = {"LR": (F.interpolate(lr, scale_factor=4), "")}
         for label, method in (("without RL", "ldm"), ("with RL", "agent")):
-            m = next(r for r in rows if r["method"] == method and r["index"] == i)
+            m = rows[(rows["method"] == method) & (rows["index"] == i)].iloc[0]
             caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
             shown[label] = (m["sr"][None].float() if method == "ldm" else sr, caption)
         compared.append({"label": name, "hr": hr, "panels": shown | {"HR": (hr, "")}})
@@ -371,7 +354,7 @@ def pictures(folder: Path, mdp, images: orl.Images, net, agent, rows, args: Args
     for calls in (1, 2, 3, 5, 10, 30):
         found = orl.evaluate(Denoising(mdp.ldm, calls, calls), hr, net, None, args.seed, consistent=False)
         frontier[calls] = float(found["psnr"].mean()), float(found["lpips"].mean())
-    rows = [r for r in rows if r["index"] in sample]
+    rows = rows[rows["index"].isin(sample)]
     frontier[100] = column(rows, "ldm", "psnr").mean(), column(rows, "ldm", "lpips").mean()
     plane(folder / "plane.png", rows, frontier, f"{title}\nplane of {len(sample)} of these images")
     return ["figure.png", "edit.png", "plane.png"]
@@ -409,223 +392,6 @@ def reward_curve(path: Path, run: Path) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------ your own images
-
-OVERLAP = 16  # LR px that neighbouring tiles share
-
-
-class TiledLDM(orl.LDM):
-    """The same LDM for images of any size: each call is made tile by tile and blended over the overlaps.
-
-    The latents stay whole, so that noise and stride are taken once for the whole image and no step can leave a seam.
-    """
-
-    def __init__(self, ldm: orl.LDM, tile: int, batch_size: int):
-        self.__dict__.update(vars(ldm))
-        self.ldm, self.batch_size, self.bar = ldm, batch_size, None
-        self.tile = max(tile // ldm.stride * ldm.stride, 3 * OVERLAP)
-
-    def blended(self, function, factor: int, *maps: torch.Tensor) -> torch.Tensor:
-        """function(*tiles of the maps (1, ., h, w)) -> (1, ., factor h, factor w), overlaps cross-faded."""
-        height, width = maps[0].shape[-2:]
-        sides = [min(self.tile, side) for side in (height, width)]
-        corners = [(y, x) for y in starts(height, sides[0]) for x in starts(width, sides[1])]
-        ramps = [fade(factor * side, factor * OVERLAP).to(maps[0].device) for side in sides]
-        window, total, weight = ramps[0].view(-1, 1) * ramps[1], 0, 0
-        for first in range(0, len(corners), self.batch_size):
-            group = corners[first : first + self.batch_size]
-            tiles = ([m[..., y : y + sides[0], x : x + sides[1]] for y, x in group] for m in maps)
-            parts = function(*(torch.cat(tile) for tile in tiles))
-            if not torch.is_tensor(total):
-                total = parts.new_zeros(1, parts.shape[1], factor * height, factor * width)
-                weight = parts.new_zeros(factor * height, factor * width)
-            for (y, x), part in zip(group, parts):
-                at = (..., slice(factor * y, factor * (y + sides[0])), slice(factor * x, factor * (x + sides[1])))
-                total[at] += window * part
-                weight[at] += window
-            if self.bar is not None:
-                self.bar.update(len(group))
-        return total / weight
-
-    def predict(self, z, t, lr):
-        found = self.blended(lambda z, lr: torch.cat(self.ldm.predict(z, t.expand(len(z)), lr), dim=1), 1, z, lr)
-        return found.split([self.latent_channels, self.latent_channels, self.hidden_channels], dim=1)
-
-    def decode(self, z):
-        return self.blended(self.ldm.decode, 4, z)
-
-
-def starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin so that they cover `length` and share at least OVERLAP."""
-    if length <= tile:
-        return [0]
-    count = math.ceil((length - OVERLAP) / (tile - OVERLAP))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
-
-
-def fade(length: int, overlap: int) -> torch.Tensor:
-    """Weights (length,) of a tile: up over the overlap, down over the last one, never zero."""
-    ramp = (torch.arange(length) + 0.5) / overlap
-    return torch.minimum(ramp, ramp.flip(0)).clamp(max=1)
-
-
-@torch.inference_mode()
-def super_resolve_image(mdp: Denoising, agent, image: torch.Tensor, tile: int, batch_size: int, seed: int, bar=None):
-    """LR (3, h, w) of any size and range, [0, 1] what is shown -> SR (3, 4h, 4w) that downscales to it, not clipped."""
-    _, h, w = image.shape
-    stride, edge = mdp.ldm.stride, OVERLAP // 2  # LR px around the image, since networks err at their border
-    bottom, right = (-(-(side + 2 * edge) // stride) * stride - side - edge for side in (h, w))
-    mode = "reflect" if min(h, w) > max(edge, bottom, right) else "replicate"
-    whole = F.pad(image[None], (edge, right, edge, bottom), mode=mode).to(mdp.ldm.device)
-    ldm = TiledLDM(mdp.ldm, tile, batch_size)
-    ldm.bar = bar
-    tiled = copy.copy(mdp)
-    tiled.ldm = ldm
-    z = noise_for(ldm, [0], *whole.shape[-2:], seed)
-    steered = agent and SimpleNamespace(
-        policy=agent.policy,
-        edit_policy=lambda maps, numbers: SimpleNamespace(
-            mean=ldm.blended(lambda m: agent.edit_policy(m, numbers.expand(len(m), -1)).mean, 1, maps)
-        ),
-    )
-    sr = tiled.super_resolve(whole.clamp(0, 1), z, steered)[0]
-    for _ in range(5 if agent else 0):  # back-projection: what is brighter than white comes back here
-        sr = sr + upscale(whole - F.interpolate(sr, scale_factor=0.25, mode="bicubic", antialias=True))
-    return sr[0, :, 4 * edge : 4 * (edge + h), 4 * edge : 4 * (edge + w)].cpu()
-
-
-def open_geotiff(file: Path):
-    """The rasterio dataset of a TIFF that is more than a picture: coordinates, other than 8 bits, nodata; else None."""
-    if file.suffix.lower() not in (".tif", ".tiff"):
-        return None
-    try:
-        import rasterio
-    except ImportError:
-        with Image.open(file) as image:  # an 8-bit TIFF still is a picture
-            if 34735 in image.tag_v2:
-                print(f"{file}: taken as a picture, its coordinates are left out; pip install rasterio keeps them")
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        source = rasterio.open(file)
-    picture = source.crs is None and source.nodata is None and source.dtypes[0] == "uint8"
-    return None if picture else source
-
-
-def read_geotiff(source, bands: tuple[int, ...], scale) -> tuple[torch.Tensor, np.ndarray, tuple[float, float]]:
-    """-> LR (3, h, w), [0, 1] from black to white, the valid pixels (h, w), and the values of black and white."""
-    import rasterio.fill
-
-    if max(bands) > source.count:
-        if bands != Args.bands:
-            raise ValueError(f"it has {source.count} band(s), not {max(bands)}")
-        bands = (1, 1, 1)
-    values = source.read(bands).astype(np.float32)
-    valid = (source.dataset_mask() > 0) & np.isfinite(values).all(axis=0)
-    if not valid.any():
-        raise ValueError("it has no valid pixel")
-    if scale is None:
-        eight_bit = source.dtypes[0] == "uint8"
-        scale = (0.0, 255.0) if eight_bit else tuple(float(v) for v in np.percentile(values[:, valid], (2, 98)))
-    low, high = scale
-    if not high > low:
-        low, high = low - 0.5, low + 0.5  # a flat image
-    if not valid.all():
-        known = valid.astype(np.uint8)
-        values = np.stack([rasterio.fill.fillnodata(np.where(valid, band, 0), known) for band in values])
-    return torch.from_numpy((values - low) / (high - low)), valid, (low, high)
-
-
-def write_geotiff(path: Path, source, sr: torch.Tensor, valid: np.ndarray, scale: tuple[float, float]) -> None:
-    """SR (3, 4h, 4w) with the source's type, corners, coordinate system, nodata and tags, pixels a quarter as large."""
-    import rasterio
-
-    dtype, (low, high) = source.dtypes[0], scale
-    values = low + (high - low) * sr.numpy()
-    if np.issubdtype(dtype, np.integer):
-        values = values.round().clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
-    values, valid = values.astype(dtype), valid.repeat(4, 0).repeat(4, 1)
-    if source.nodata is not None:
-        step = -1 if np.issubdtype(dtype, np.integer) and source.nodata == np.iinfo(dtype).max else 1
-        values[(values == source.nodata) & valid] += np.asarray(step).astype(dtype)  # no value is read as a hole
-        values[:, ~valid] = source.nodata
-    profile = {"driver": "GTiff", "height": 4 * source.height, "width": 4 * source.width, "count": 3, "dtype": dtype,
-               "crs": source.crs, "transform": source.transform * source.transform.scale(0.25), "nodata": source.nodata,
-               "compress": "deflate", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
-    with rasterio.open(path, "w", **profile) as target:
-        target.write(values)
-        target.update_tags(**source.tags())
-        if source.nodata is None and not valid.all():
-            target.write_mask(valid)
-
-
-def list_images(paths: tuple[str, ...]) -> list[Path]:
-    """Files named, and the images in folders named, however deep; results of earlier calls are left out."""
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = [file for file in orl.image_files(path) if not file.stem.endswith("_sr")]
-            if not inside:
-                stop(f"--images {path}: no image in this folder")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            stop(f"--images {path}: no such file or folder")
-    return files
-
-
-def targets(files: list[Path], output: str | None) -> list[Path]:
-    """Where each result goes, without its suffix: NAME_sr; what would overwrite another keeps folder or suffix too."""
-    common = Path(os.path.commonpath([file.resolve().parent for file in files]))
-    folders = [Path(output) / file.resolve().parent.relative_to(common) if output else file.parent for file in files]
-    short = [folder / f"{file.stem}_sr" for folder, file in zip(folders, files)]
-    long = [folder / f"{file.stem}_{file.suffix[1:]}_sr" for folder, file in zip(folders, files)]
-    return [b if short.count(a) > 1 else a for a, b in zip(short, long)]
-
-
-def super_resolve_files(args: Args, files: list[Path], mdp: Denoising, agent) -> None:
-    """Writes NAME_sr.png or NAME_sr.tif for every readable image; the others are named."""
-    written = 0
-    for k, (file, target) in enumerate(zip(files, targets(files, args.output)), 1):
-        try:
-            source, notes = open_geotiff(file), ""
-            if source:
-                lr, valid, scale = read_geotiff(source, args.bands, args.scale)
-                notes = f", {source.dtypes[0]}, black {scale[0]:g}, white {scale[1]:g}"
-            else:
-                lr = orl.read_image(file).float() / 255
-                with Image.open(file) as image:
-                    alpha = "A" in image.getbands() or "transparency" in image.info
-                notes = ", its alpha channel dropped" if alpha else ""
-        except Exception as error:
-            tiff = file.suffix.lower() in (".tif", ".tiff")
-            hint = "; a TIFF that is no picture needs rasterio: pip install rasterio" if tiff else ""
-            print(f"{file}: skipped, cannot be read ({type(error).__name__}: {error}{hint})")
-            continue
-        began, target = time.perf_counter(), target.with_name(target.name + (".tif" if source else ".png"))
-        with tqdm(desc=f"{k} of {len(files)}", unit="tile", dynamic_ncols=True, leave=False, delay=3) as bar:
-            sr = super_resolve_image(mdp, agent, lr, args.tile, args.batch_size, args.seed, bar)
-        part = target.with_name(target.name + ".part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source:
-                write_geotiff(part, source, sr, valid, scale)
-            else:
-                Image.fromarray((sr.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(part, format="PNG")
-            os.replace(part, target)
-        except OSError as error:
-            stop(f"{target}: cannot be written ({error.strerror or error}); name another folder with --output")
-        finally:
-            if part.is_file():
-                part.unlink()
-        written += 1
-        seconds = time.perf_counter() - began
-        print(f"{target}: {lr.shape[2]} x {lr.shape[1]} -> {sr.shape[2]} x {sr.shape[1]} px in {seconds:.1f} s{notes}")
-    if not written:
-        stop(f"--images: none of the {len(files)} file(s) could be read as an image")
-
-
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -648,9 +414,9 @@ def load_agent(saved: dict, ldm: orl.LDM) -> orl.Agent:
 
 
 def main(args: Args) -> None:
-    if args.images == ():
-        stop("--images: name LR images or folders after it")
-    files = list_images(args.images or ())  # bad input speaks before anything is loaded
+    sys.stdout.reconfigure(errors="replace")  # the table's arrow, on a console that has none
+    if args.images is not None:
+        stop("--images: your own images are upscale_sr.py's: python upscale_sr.py IMAGES_OR_FOLDERS --output FOLDER")
     device, run = orl.pick_device(args.device), orl.locate(args.agent)
     state = load_run(run)
     ldm_name = args.ldm or state["args"]["ldm"]
@@ -658,8 +424,6 @@ def main(args: Args) -> None:
     agent = load_agent(state, ldm)
     mdp = Denoising(ldm, state["args"]["base_steps"], state["args"]["max_calls"])
     print(f"agent: {args.agent}, {state['step']} environment steps on {state['title']}; LDM: {ldm_name}")
-    if files:
-        return super_resolve_files(args, files, mdp, agent)
 
     own = state["args"]["dataset"]
     if args.dataset is None and own != "auto" and state["title"] != own and not orl.locate(own).is_dir():
@@ -680,7 +444,7 @@ def main(args: Args) -> None:
         title = f"{images.title}, {args.split} split, {len(indices)} images ({size}), LDM {ldm_name}, agent {run}"
         text = table(rows, decisions, images.scenes, title)
         (output / "table.md").write_text(text, encoding="utf-8")
-        write_csv(output / "table.csv", rows)
+        rows.round(6).to_csv(output / "table.csv", columns=COLUMNS, index=False)
         drawn = pictures(output, mdp, images, net, agent, rows, args, title, state["step"])
         made = ["table.md", "table.csv", *drawn]
         made += ["reward.png"] * reward_curve(output / "reward.png", run)

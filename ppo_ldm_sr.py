@@ -837,7 +837,8 @@ def finite(tensors) -> torch.Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once, before the table's
+    # a log file shows each line at once, before the table's; a console of few characters shows the others as ?
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     args, saved = read_args(argv)
     device = pick_device(args.device)
     args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 12_000)

@@ -304,6 +304,7 @@ def report(args: Args, crops: Crops, device: torch.device) -> str:
 
 
 def main(args: Args) -> None:
+    sys.stdout.reconfigure(errors="replace")
     device = orl.pick_device(args.device)
     output = Path(args.output)
     print(f"device: {device.type}, {'bf16 autocast' if orl.has_bf16(device) else 'fp32'}")
@@ -462,7 +463,7 @@ def main(args: Args) -> None:
     writer.close()
     table = report(args, crops, device)
     seen = ", ".join(f"{log[part]} crops ({part})" for part in ("autoencoder", "unet", "decoder"))
-    (output / "figures.md").write_text(f"After {seen}:\n\n{table}\n")
+    (output / "figures.md").write_text(f"After {seen}:\n\n{table}\n", encoding="utf-8")
     print(f"\n{table}\n\nwritten to {output}; next: python ppo_ldm_sr.py --ldm {output}")
 
 

@@ -71,12 +71,13 @@ def main(args: Args) -> None:
             update.append(updated / rolled), ppo.append(steps / (rolled + updated))
     print(f"U-Net {median(unet):.1f} calls/s; rollout {median(rollout):.1f} steps/s; PPO {median(ppo):.1f} steps/s")
 
-    lr = orl.downscale(orl.load_images(args.dataset, "test", (), 128, device).centre(0, 16)[None])[0]
+    lr = orl.downscale(orl.load_images(args.dataset, "test", (), 128, device).centre(0, 16)[None])
+    z = orl.noise_for(ldm, [0], *lr.shape[-2:], 0)
     full, own, ours = orl.Denoising(ldm, 100, 100), orl.Denoising(ldm, state["args"]["base_steps"], state["args"]["max_calls"]), []
     for _ in range(args.pairs):
-        by_agent = seconds(lambda: eval_sr.super_resolve_image(own, agent, lr, 128, 16, 0))
-        ours.append(seconds(lambda: eval_sr.super_resolve_image(full, None, lr, 128, 16, 0)) / by_agent)
-    print(f"one image of {lr.shape[2]} x {lr.shape[1]} LR px: the agent is {median(ours):.1f} times as fast as 100 plain steps")
+        by_agent = seconds(lambda: own.super_resolve(lr, z, agent))
+        ours.append(seconds(lambda: full.super_resolve(lr, z, consistent=False)) / by_agent)
+    print(f"one image of {lr.shape[3]} x {lr.shape[2]} LR px: the agent is {median(ours):.1f} times as fast as 100 plain steps")
     figures = {
         "rollout_over_unet": median(r / u for r, u in zip(rollout, unet)),
         "update_over_rollout": median(update),

@@ -11,14 +11,15 @@ import subprocess
 import sys
 
 import pytest
+import rehearsal
 import torch
 import tyro
-import rehearsal
 from conftest import ROOT, SHARED
 
 import eval_sr
 import ppo_ldm_sr as orl
 import pretrain_ldm
+import upscale_sr
 
 SMALL = ["--scenes", "desert", "river", "--num-envs", "8", "--max-calls", "3", "--crop", "64", "--eval-images", "2", "--eval-every", "1"]
 
@@ -213,9 +214,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, ldm_folder, trained,
     (tmp_path / "file").write_text("not a folder")
     flags = ("--ldm", ldm_folder, "--dataset", "runs/scenes", "--total-timesteps", "30", *SMALL)
     assert "cannot be written" in refused(capsys, orl, "--run-dir", tmp_path / "file/run", *flags)
-    photo, output = "runs/scenes/test/river", tmp_path / "file/out"
-    said = refused(capsys, eval_sr, "--agent", trained[0], "--images", photo, "--output", output)
+    said = refused(capsys, eval_sr, "--agent", trained[0], "--limit", 1, "--scenes", "river", "--output", tmp_path / "file/out")
     assert "cannot be written" in said and "--output" in said
+    assert "upscale_sr.py's" in refused(capsys, eval_sr, "--images", "photo.png")
+    assert "upscale_sr.py's" in refused(capsys, eval_sr, "--images")
 
 
 def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tmp_path, ldm_folder, capsys):
@@ -253,8 +255,8 @@ def test_on_cuda_a_run_trains_end_to_end_and_its_table_says_so(tmp_path):
 @pytest.mark.skipif(not (ROOT / "runs/orl_ldm/agent.pt").is_file(), reason="no trained agent in runs/orl_ldm yet")
 def test_the_shipped_agent_super_resolves_a_photo(tmp_path):
     photo = next((ROOT / "runs/scenes/test/river").glob("*.jpg"))
-    said = run("eval_sr.py", "--images", photo, "--output", tmp_path)
-    assert "256 x 256 -> 1024 x 1024" in said and (tmp_path / f"{photo.stem}_sr.png").stat().st_size > 10_000
+    said = run("upscale_sr.py", photo, "--output", tmp_path)
+    assert "256 x 256 -> 1024 x 1024" in said and (tmp_path / f"{photo.stem}_sr.jpg").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(not (ROOT / "runs/orl_ldm/agent.pt").is_file(), reason="no trained agent in runs/orl_ldm yet")
@@ -321,7 +323,7 @@ def test_the_readme_points_at_the_lines_that_it_names():
         assert re.match(rf"\s*(def |class |){name}\b", (ROOT / file).read_text().splitlines()[int(line) - 1]), (name, file, line)
 
 
-@pytest.mark.parametrize("script", [orl, eval_sr, pretrain_ldm])
+@pytest.mark.parametrize("script", [orl, eval_sr, upscale_sr, pretrain_ldm])
 def test_help_shows_every_flag_with_a_sentence_and_its_default(script, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
     monkeypatch.setenv("COLUMNS", "250")
@@ -370,3 +372,10 @@ def test_a_whole_iteration_stays_on_its_device_and_seldom_makes_the_host_wait(ld
         calls = int(infos["calls"].inner.max())
         assert rolled - before <= calls, seen.waits  # each call asks once which images go on
         assert updated == rolled, seen.waits  # the update never waits
+
+
+@pytest.mark.parametrize("console", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "cp1252"}])
+def test_a_console_of_few_characters_gets_the_table_and_the_file_is_utf8(trained, tmp_path, console):
+    said = run("eval_sr.py", "--agent", trained[0], "--limit", 1, "--scenes", "river", "--output", tmp_path, **console)
+    assert "22." in said or "dB" in said
+    assert "\u2192" in (tmp_path / "table.md").read_text("utf-8")

@@ -1,0 +1,379 @@
+"""Users' own images: what comes out is what went in, four times as large, whatever the windows, kills and processes."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from conftest import ROOT, tiny_ldm
+from PIL import Image, ImageCms
+from rasterio.transform import Affine, GroundControlPoint, from_origin
+
+import eval_sr
+import ppo_ldm_sr as orl
+import upscale_sr as up
+
+CPU = torch.device("cpu")
+rng = np.random.default_rng(0)
+UTM = {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_000_000, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """An environment of two calls and an untrained agent."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_ldm(folder)
+    torch.manual_seed(0)
+    ldm = orl.load_ldm(str(folder), CPU)
+    ldm.autocast = torch.autocast("cpu", enabled=False)  # nor is a rounding error at the border of two codes a difference
+    ldm.vqvae.decode = functools.partial(ldm.vqvae.decode, force_not_quantize=True)
+    return orl.Denoising(ldm, 2, 2), orl.Agent(torch.ones(3), 8)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The LDM and the agent that ship."""
+    saved = eval_sr.load_run(ROOT / "runs/orl_ldm")
+    ldm = orl.load_ldm(saved["args"]["ldm"], CPU)
+    return orl.Denoising(ldm, saved["args"]["base_steps"], saved["args"]["max_calls"]), eval_sr.load_agent(saved, ldm)
+
+
+def pixels(h, w, bands=3):
+    """uint8 (h, w, bands): colours that change slowly."""
+    small = rng.integers(20, 235, (max(2, h // 6), max(2, w // 6), bands), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(small[..., k]).resize((w, h), Image.Resampling.BICUBIC)) for k in range(bands)], -1)
+
+
+def raster(path, values, driver="GTiff", **profile):
+    values = np.asarray(values)
+    size = {"count": len(values), "height": values.shape[1], "width": values.shape[2], "dtype": values.dtype}
+    with rasterio.open(path, "w", driver=driver, **size, **profile) as file:
+        file.write(values)
+    return path
+
+
+def result(tiny, file, share=(0, 1), **settings):
+    """The one line of a file, and its result opened."""
+    args = up.Args(paths=(str(file),), **settings)
+    ((source, target),) = up.list_files(args)
+    said = up.super_resolve_file(args, source, target, *tiny, *share)
+    return said, rasterio.open(said.split(": ")[0])
+
+
+def half_again(sr):
+    """(bands, 4h, 4w) -> (bands, h, w), as the LR image of the result would be."""
+    return torch.nn.functional.interpolate(torch.from_numpy(sr.astype(np.float32))[None], scale_factor=0.25, mode="bicubic", antialias=True)[0].numpy()
+
+
+# ---------------------------------------------------------------- windows, tiles, seams
+
+
+@pytest.mark.parametrize("size", [(97, 61), (1, 1), (5, 300), (280, 150)])
+def test_the_result_is_exactly_four_times_as_large_and_downscales_to_the_image(tiny, tmp_path, size):
+    values = pixels(*size)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    _, sr = result(tiny, tmp_path / "a.png")
+    assert (sr.height, sr.width, sr.count) == (4 * size[0], 4 * size[1], 3)
+    if min(size) > 20:
+        assert np.abs(half_again(sr.read()) - values.transpose(2, 0, 1)).mean() < 3
+
+
+def test_neither_windows_nor_batches_nor_what_is_read_at_once_change_a_pixel(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(up, "TILE", 48)  # small ones, for the test's seconds
+    Image.fromarray(pixels(180, 130)).save(tmp_path / "a.png")
+    made = []
+    for window, batch in ((32, 1), (64, 8), (512, 3)):
+        _, sr = result(tiny, tmp_path / "a.png", output=str(tmp_path / f"{window}"), window=window, batch_size=batch)
+        made.append(sr.read().astype(int))
+    assert np.abs(made[0] - made[1]).max() <= 1 and np.abs(made[0] - made[2]).max() <= 1
+    assert made[0].std() > 10
+
+
+def test_a_place_has_the_same_noise_whoever_asks(tiny):
+    whole = up.noise_at(7, 3, -8, -8, 250)
+    part = up.noise_at(7, 3, 100, 37, 60)
+    assert torch.equal(whole[:, 108:168, 45:105], part) and not torch.equal(whole[:, :60, :60], part)
+    assert not torch.equal(up.noise_at(8, 3, 100, 37, 60), part)
+    assert abs(float(whole.std()) - 1) < 0.02
+
+
+def test_the_weights_of_tiles_sum_to_one():
+    for tiles in (1, 2, 5):
+        total = torch.zeros(tiles * 128 + 16)
+        for k in range(tiles):
+            total[128 * k : 128 * k + 144] += up.fade(144, 16, k == 0, k == tiles - 1)
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize("kind", ["gradient", "photograph"])
+def test_no_seam_shows_between_tiles_and_smooth_ground_stays_smooth(shipped, tmp_path, kind):
+    """The mean jump between neighbouring pixels, across the middles of the overlaps and everywhere else."""
+    if kind == "gradient":
+        y, x = np.mgrid[:160, :300] / 300
+        values = np.stack([60 + 100 * x, 90 + 60 * y, 120 + 0 * x], -1).round().astype(np.uint8)
+    else:
+        values = np.asarray(Image.open(next((ROOT / "runs/scenes/test/commercial_area").glob("*.jpg"))).convert("RGB"))[:140]
+    Image.fromarray(values).save(tmp_path / "a.png")
+    sr = result(shipped, tmp_path / "a.png")[1].read().astype(float)
+    jump = np.abs(np.diff(sr, axis=2)).mean(axis=(0, 1))
+    borders = [4 * 128 * k - 1 for k in range(1, -(-values.shape[1] // 128))]
+    near = np.concatenate([jump[at - 2 : at + 3] for at in borders])
+    assert near.mean() / jump.mean() < 1.1
+    if kind == "gradient":
+        assert (sr - orl.upscale(torch.from_numpy(values / 255).permute(2, 0, 1)[None])[0].numpy() * 255).std() < 2
+
+
+# ---------------------------------------------------------------- what goes in comes out
+
+
+@pytest.mark.parametrize("dtype, top, nodata", [("uint8", 255, 0), ("uint16", 4095, 0), ("int16", 4000, -9999), ("float32", 0.5, -1.0), ("float32", 0.5, None)])
+def test_a_geotiff_keeps_coordinates_type_tags_holes_and_values(tiny, tmp_path, dtype, top, nodata):
+    values = (top * (0.1 + 0.8 * pixels(40, 52, 4).transpose(2, 0, 1) / 255)).astype(dtype)
+    hole = np.nan if nodata is None else nodata
+    values[:, 10:20, 10:20] = hole
+    raster(tmp_path / "a.tif", values, nodata=nodata, photometric="minisblack", **UTM)
+    with rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.update_tags(sensor="a test")
+        file.set_band_description(2, "green")
+    said, sr = result(tiny, tmp_path / "a.tif")
+    assert sr.bounds == rasterio.open(tmp_path / "a.tif").bounds and sr.crs == "EPSG:32633" and sr.res == (0.5, 0.5)
+    assert (sr.count, sr.width, sr.height, sr.dtypes[0], sr.nodata) == (3, 208, 160, dtype, nodata)
+    assert sr.tags()["sensor"] == "a test" and sr.descriptions[1] == "green" and "bands [4] left out" in said
+    found, inside = sr.read(), np.zeros((160, 208), bool)
+    inside[40:80, 40:80] = True
+    same = np.isnan(found) if nodata is None else found == nodata
+    assert same[:, inside].all() and not same[:, ~inside].any()
+    away = np.ones((40, 52), bool)
+    away[6:24, 6:24] = False  # the filter reaches into the hole
+    error = np.abs(half_again(np.nan_to_num(found)) - np.nan_to_num(values[:3].astype(np.float32)))[:, away]
+    assert error.mean() < max(0.6, 0.01 * top)
+
+
+def test_twelve_bits_in_sixteen_keep_their_range_and_a_scale_can_be_given(tiny, tmp_path):
+    values = (pixels(40, 52, 3).transpose(2, 0, 1).astype(np.uint16) * 16).astype(np.uint16)
+    for name, driver in (("a.png", "PNG"), ("b.tif", "GTiff"), ("c.jp2", "JP2OpenJPEG")):
+        raster(tmp_path / name, values, driver, **({"QUALITY": "100", "REVERSIBLE": "YES"} if driver[0] == "J" else {}))
+        said, sr = result(tiny, tmp_path / name)
+        assert sr.dtypes[0] == "uint16" and np.abs(half_again(sr.read()) - values).mean() < 0.01 * 4095, name
+        low, high = np.percentile(values, (2, 98))
+        assert f"black {low:g}" in said and f"white {high:g}" in said
+        assert ("is written as .tif" in said) == (name == "c.jp2")
+    said, _ = result(tiny, tmp_path / "b.tif", scale=(0.0, 4095.0), overwrite=True)
+    assert "black 0, white 4095" in said
+
+
+@pytest.mark.parametrize("name, grey", [("grey.png", True), ("grey.tif", True), ("colour.jpg", False)])
+def test_one_band_goes_in_and_one_comes_out(tiny, tmp_path, name, grey):
+    Image.fromarray(pixels(40, 52, 3)[..., 0] if grey else pixels(40, 52)).save(tmp_path / name)
+    said, sr = result(tiny, tmp_path / name)
+    assert sr.count == (1 if grey else 3) and said.split(": ")[0].endswith(name.replace(".", "_sr."))
+
+
+def test_an_alpha_channel_a_colour_table_and_a_profile_are_kept(tiny, tmp_path):
+    alpha = np.full((40, 52), 255, np.uint8)
+    alpha[:, 30:] = 0
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(np.concatenate([pixels(40, 52), alpha[..., None]], -1)).save(tmp_path / "rgba.png", icc_profile=profile)
+    said, sr = result(tiny, tmp_path / "rgba.png")
+    assert sr.count == 4 and (sr.read(4) == alpha.repeat(4, 0).repeat(4, 1)).all() and "colour profile" in said
+    assert Image.open(said.split(": ")[0]).info["icc_profile"] == profile
+    indices = pixels(40, 52, 1)[..., 0]
+    colours = {i: (255 - i, i // 2, i, 255) for i in range(256)}
+    with rasterio.open(tmp_path / "table.tif", "w", driver="GTiff", width=52, height=40, count=1, dtype="uint8", photometric="palette", **UTM) as file:
+        file.write_colormap(1, colours)
+        file.write(indices, 1)
+    said, sr = result(tiny, tmp_path / "table.tif")
+    expected = np.array([[colours[int(i)][:3] for i in row] for row in indices]).transpose(2, 0, 1)
+    assert sr.count == 3 and np.abs(half_again(sr.read()) - expected).mean() < 4 and "colour table" in said
+
+
+def test_places_without_a_named_system_world_files_control_points_and_rpcs_are_kept_four_times_as_fine(tiny, tmp_path):
+    values = pixels(40, 52).transpose(2, 0, 1)
+    raster(tmp_path / "bare.tif", values, transform=UTM["transform"])
+    said, sr = result(tiny, tmp_path / "bare.tif")
+    assert sr.crs is None and sr.transform == Affine(0.5, 0, 500_000, 0, -0.5, 5_000_000) and "no named system" in said
+    for name, world in (("a.png", "a.pgw"), ("b.jpg", "b.jgw")):
+        Image.fromarray(pixels(40, 52)).save(tmp_path / name)
+        (tmp_path / world).write_text("2\n0\n0\n-2\n500001\n4999999\n")
+        said, sr = result(tiny, tmp_path / name)
+        assert sr.transform == Affine(0.5, 0, 500_000, 0, -0.5, 5_000_000) and "world file" in said
+    corners = [GroundControlPoint(r, c, x=c, y=-r) for r, c in ((0, 0), (0, 52), (40, 0), (40, 52))]
+    raster(tmp_path / "points.tif", values, gcps=corners, crs="EPSG:4326")
+    said, sr = result(tiny, tmp_path / "points.tif")
+    assert {(p.row, p.col, p.x, p.y) for p in sr.gcps[0]} == {(4 * p.row, 4 * p.col, p.x, p.y) for p in corners} and "control points" in said
+    rpcs = rasterio.rpc.RPC(0, 100, 9, 1, [1.0] + [0.0] * 19, [0.0, 0, 1] + [0.0] * 17, 19.5, 20, 48, 1, [1.0] + [0.0] * 19, [0.0, 1] + [0.0] * 18, 25.5, 26)
+    raster(tmp_path / "rpc.tif", values, rpcs=rpcs)
+    said, sr = result(tiny, tmp_path / "rpc.tif")
+    assert (sr.rpcs.line_off, sr.rpcs.line_scale, sr.rpcs.samp_off, sr.rpcs.samp_scale) == (79.5, 80, 103.5, 104) and "RPCs" in said
+
+
+def test_a_mask_stays_a_mask_and_leaves_no_second_file(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("GDAL_TIFF_INTERNAL_MASK", "NO")
+    mask = np.full((40, 52), 255, np.uint8)
+    mask[5:15, 20:30] = 0
+    raster(tmp_path / "a.tif", pixels(40, 52).transpose(2, 0, 1), **UTM)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.write_mask(mask)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        _, sr = result(tiny, tmp_path / "a.tif", output=str(tmp_path / "out"))
+    assert ((sr.dataset_mask() > 0) == (mask > 0).repeat(4, 0).repeat(4, 1)).all()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a_sr.tif"]
+
+
+def test_a_phones_photograph_comes_out_upright(tiny, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(pixels(48, 64)).save(tmp_path / "a.jpg", exif=exif)
+    _, sr = result(tiny, tmp_path / "a.jpg")
+    assert (sr.height, sr.width) == (256, 192)
+
+
+# ---------------------------------------------------------------- folders, bad files, what is finished
+
+
+def cli(tmp_path, tiny, monkeypatch, capsys, *paths, **settings):
+    """What `main` says and its exit code, with the tiny LDM and agent in place of those that ship."""
+    saved = {"args": {"ldm": "x", "base_steps": 2, "max_calls": 2}}
+    monkeypatch.setattr(up, "load_run", lambda run: saved)
+    monkeypatch.setattr(up, "load_agent", lambda saved, ldm: tiny[1])
+    monkeypatch.setattr(orl, "load_ldm", lambda name, device: tiny[0].ldm)
+    try:
+        up.main(up.Args(paths=tuple(map(str, paths)), **settings))
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    return capsys.readouterr().out, code
+
+
+def test_one_bad_file_does_not_end_a_batch(tiny, tmp_path, monkeypatch, capsys):
+    for name in ("a_big", "b_small", "ü"):
+        Image.fromarray(pixels(20, 16)).save(tmp_path / f"{name}.png")
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "cut.tif").write_bytes(b"II*\0\x08\0\0\0")
+    row = up.Upscaler.row
+
+    def no_memory(self, r):
+        if "a_big" in str(current[-1]):
+            raise MemoryError("64 GB")
+        return row(self, r)
+
+    current, scene = [], up.Scene
+    monkeypatch.setattr(up, "Scene", lambda file, *rest: current.append(file) or scene(file, *rest))
+    monkeypatch.setattr(up.Upscaler, "row", no_memory)
+    said, code = cli(tmp_path, tiny, monkeypatch, capsys, tmp_path, output=str(tmp_path / "out"))
+    assert code == 1 and "3 of 5 file(s)" in said
+    assert all(f"{name}: skipped" in said for name in ("a_big.png", "text.jpg", "cut.tif")) and "64 GB" in said
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"b_small_sr.png", "ü_sr.png"}
+
+
+def test_a_folders_tree_is_mirrored_as_the_user_named_it_and_links_are_followed(tiny, tmp_path, monkeypatch, capsys):
+    for name in ("in/b/x.png", "in/b/x.bmp", "in/.hidden/y.png", "elsewhere/z.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(20, 16)).save(tmp_path / name)
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/single.png").symlink_to(tmp_path / "elsewhere/z.png")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "elsewhere")
+    said, code = cli(tmp_path, tiny, monkeypatch, capsys, tmp_path / "in", output=str(tmp_path / "out"))
+    made = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
+    assert code == 0 and made == ["b/x_sr.png", "b/x_sr.tif", "linked/z_sr.png", "single_sr.png"]
+    said, code = cli(tmp_path, tiny, monkeypatch, capsys, tmp_path / "in", output=str(tmp_path / "out"))
+    assert code == 0 and said.count("finished before") == 4
+    os.utime(tmp_path / "in/b/x.png", (time.time() + 10,) * 2)
+    said, _ = cli(tmp_path, tiny, monkeypatch, capsys, tmp_path / "in", output=str(tmp_path / "out"))
+    assert said.count("finished before") == 3
+    said, _ = cli(tmp_path, tiny, monkeypatch, capsys, tmp_path / "in", output=str(tmp_path / "out"), overwrite=True)
+    assert "finished before" not in said
+
+
+@pytest.mark.parametrize("paths, words", [((), "name LR images"), (("missing.png",), "no such file"), (("empty",), "no image in this folder")])
+def test_what_is_not_there_is_said_before_anything_is_loaded(tmp_path, monkeypatch, capsys, paths, words):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(up, "load_run", lambda run: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as error:
+        up.main(up.Args(paths=tuple(str(tmp_path / path) for path in paths)))
+    assert error.value.code == 2 and words in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- kills and several processes
+
+SLOW = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, tyro, ppo_ldm_sr as orl, upscale_sr as up
+torch.manual_seed(0)
+ldm = orl.load_ldm({ldm!r}, torch.device("cpu"))
+agent = orl.Agent(torch.ones(3), 8)
+orl.load_ldm = lambda *rest: ldm
+up.load_run = lambda run: {{"args": {{"ldm": "x", "base_steps": 2, "max_calls": 2}}}}
+up.load_agent = lambda *rest: agent
+up.TILE = 48  # small ones, for the test's seconds
+row = up.Upscaler.row
+up.Upscaler.row = lambda self, r: (time.sleep({pause}), row(self, r))[1]
+up.main(tyro.cli(up.Args))
+"""
+
+
+def start(ldm, pause, *words, **environment):
+    code = SLOW.format(root=str(ROOT), tests=str(ROOT / "tests"), ldm=str(ldm), pause=pause)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], env=env, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def scene_file(tmp_path_factory, ldm_folder):
+    """A scene of five rows of tiles, and its result by one process that was not disturbed."""
+    folder = tmp_path_factory.mktemp("scene")
+    raster(folder / "scene.tif", (pixels(150, 60).astype(np.uint16) * 9).transpose(2, 0, 1), **UTM)
+    process = start(ldm_folder, 0, folder / "scene.tif", "--output", folder / "once", "--window", 32)
+    assert "kept: coordinates" in process.communicate()[0] and process.returncode == 0
+    with rasterio.open(folder / "once/scene_sr.tif") as file:
+        return folder / "scene.tif", file.read(), file.transform
+
+
+def test_a_scene_that_was_killed_goes_on_where_it_was_and_is_the_same(scene_file, ldm_folder, tmp_path):
+    process = start(ldm_folder, 0.5, scene_file[0], "--output", tmp_path, "--window", 32)
+    parts = tmp_path / "scene_sr.tif.parts"
+    while len(list(parts.glob("*.tif"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {p.name: p.stat().st_mtime_ns for p in parts.glob("*.tif")}
+    assert 2 <= len(finished) < 5 and not (tmp_path / "scene_sr.tif").exists()
+    again = start(ldm_folder, 0.1, scene_file[0], "--output", tmp_path, "--window", 32)
+    time.sleep(0.1)
+    assert all((parts / name).stat().st_mtime_ns == at for name, at in finished.items())
+    assert again.wait() == 0 and not parts.exists()
+    with rasterio.open(tmp_path / "scene_sr.tif") as file:
+        assert np.array_equal(file.read(), scene_file[1]) and file.transform == scene_file[2]
+
+
+def test_parts_of_another_image_or_of_other_settings_are_not_taken(tiny, tmp_path):
+    Image.fromarray(pixels(40, 52)).save(tmp_path / "a.png")
+    folder = tmp_path / "a_sr.png.parts"
+    folder.mkdir()
+    (folder / "00000.tif").write_bytes(b"of another image")
+    _, sr = result(tiny, tmp_path / "a.png")
+    assert sr.read().std() > 10 and not folder.exists()
+
+
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_several_processes_make_the_single_runs_image_also_after_one_was_killed(scene_file, ldm_folder, tmp_path, names):
+    world = 2 if names[0] == "RANK" else 3
+    flags = (scene_file[0], "--output", tmp_path, "--window", 32)
+    first = start(ldm_folder, 30, *flags, **dict(zip(names, (0, world))))
+    others = [start(ldm_folder, 0, *flags, **dict(zip(names, (rank, world)))) for rank in range(1, world)]
+    assert all(other.wait() == 0 for other in others)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "scene_sr.vrt").exists()
+    assert start(ldm_folder, 0, *flags, **dict(zip(names, (0, world)))).wait() == 0
+    with rasterio.open(tmp_path / "scene_sr.vrt") as file:
+        assert np.array_equal(file.read(), scene_file[1])
+        assert file.transform == scene_file[2] and file.crs == "EPSG:32633" and file.dtypes[0] == "uint16"

@@ -1,0 +1,521 @@
+"""Super-resolves your own images 4x with the LDM and an agent that `ppo_ldm_sr.py` trained: photographs, GeoTIFFs,
+whole satellite scenes, folders.
+
+    python upscale_sr.py photo.png scene.tif folder/ --output out         # NAME_sr.png, NAME_sr.tif, out/**/NAME_sr.*
+    torchrun --nproc-per-node 4 upscale_sr.py scene.tif --output out      # four processes share it: out/scene_sr.vrt
+
+A scene is read, computed and written by rows of tiles, so that memory does not grow with its height. Where tiles lie
+and what noise a pixel begins with depend on the pixel's place alone, and the agent's noise and stride are taken once
+from tiles all over the scene: neither --window nor the number of processes changes a value. What is finished is kept
+in NAME_sr.tif.parts until all is; the same command goes on there.
+
+What comes out is what went in: kind of file (what can be read but not written so becomes .tif), bands (one band as
+grey), type, holes, coordinates of every kind, tags, colour profile. 8 bits are shown as they are, 0 to 255; for
+anything else black and white are --scale, or the 2nd and 98th percentile of the scene, for all bands alike.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import rasterio
+import rasterio.fill
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageOps
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.windows import Window
+from torch.distributions import Normal
+from tqdm import tqdm
+
+import ppo_ldm_sr as orl
+from eval_sr import load_agent, load_run
+from ppo_ldm_sr import stop, upscale
+
+TILE = 144  # LR px of a tile
+OVERLAP = 16  # LR px that neighbouring tiles share and fade across
+EDGE = OVERLAP // 2
+BLOCK = 256  # latent cells a side that one generator draws noise for
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # written as such; everything else as GeoTIFF
+COLOURS = {1: [ColorInterp.gray], 3: [ColorInterp.red, ColorInterp.green, ColorInterp.blue]}
+warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+warnings.filterwarnings("ignore", category=rasterio.errors.NodataShadowWarning)
+
+
+@dataclass
+class Args:
+    paths: tyro.conf.Positional[tuple[str, ...]]  # LR images, or folders of them, links followed
+    output: str | None = None  # folder to write to, with the tree of the folders named (None: beside each image)
+    agent: str = "runs/orl_ldm"  # run folder of the agent
+    ldm: str | None = None  # LDM that the agent was trained with (None: as its run folder says)
+    bands: tuple[int, int, int] | None = None  # bands to take as red, green and blue (None: 1 2 3, or the only one)
+    scale: tuple[float, float] | None = None  # values that are black and white (None: 0 255 of 8 bits, else 2% and 98%)
+    overwrite: bool = False  # do again what is finished
+    batch_size: int = 8  # tiles denoised at once
+    window: int = 512  # LR rows that are computed again at most after a kill
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    seed: int = 0  # seed of the noise
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class Scene:
+    """An LR image, read by rows: `height`, `width`, `count` (1 or 3), `dtype`, the values of black and white, `scale`.
+    Raises ValueError or rasterio's and Pillow's errors where it cannot be read as what it is."""
+
+    def __init__(self, file: Path, bands: tuple[int, int, int] | None, scale: tuple[float, float] | None):
+        self.kind, self.icc, source = PICTURES.get(file.suffix.lower(), "GTiff"), None, None
+        try:
+            with Image.open(file) as image:
+                if image.format != "TIFF" and orl.bits_per_channel(file.read_bytes(), image) <= 8:
+                    self.icc, source = image.info.get("icc_profile"), self.open_picture(image)
+        except (OSError, Image.DecompressionBombError):
+            pass  # what Pillow does not know, rasterio may
+        try:
+            self.placed = rasterio.open(file)  # where coordinates are, a world file's too
+        except rasterio.errors.RasterioIOError:
+            if source is None:
+                raise
+            self.placed = source
+        self.source = source = source or self.placed
+        self.height, self.width, self.dtype = source.height, source.width, source.dtypes[0]
+        if self.dtype.startswith("complex") or len(set(source.dtypes)) > 1:
+            raise ValueError(f"its bands are {', '.join(sorted(set(source.dtypes)))}")
+        data = [i for i, kind in zip(source.indexes, source.colorinterp) if kind != ColorInterp.alpha]
+        self.alpha = next((i for i, kind in zip(source.indexes, source.colorinterp) if kind == ColorInterp.alpha), None)
+        self.palette = None
+        if source.colorinterp[0] == ColorInterp.palette and source.count == 1:
+            table = source.colormap(1)
+            self.palette = np.array([table.get(i, (0, 0, 0))[:3] for i in range(256)], np.uint8)
+            self.count, self.bands = 3, (1,)
+        else:
+            self.bands = bands or (tuple(data[:3]) if len(data) >= 3 else (data[0],))
+            if max(self.bands) > source.count or min(self.bands) < 1:
+                raise ValueError(f"it has {source.count} band(s), not {max(self.bands)}")
+            self.count = len(self.bands)
+        self.dropped = sorted(set(data) - set(self.bands))
+        eight_bits = self.dtype == "uint8"
+        self.scale = scale or ((0.0, 255.0) if eight_bits else self.percentiles())
+        if self.kind == "JPEG" and 4 * max(self.height, self.width) > 65_500:
+            raise ValueError("its result is larger than a JPEG can be; save it as .tif first")
+
+    def open_picture(self, image: Image.Image):
+        """An 8-bit picture, upright, as rasterio's dataset of 1 to 4 bands."""
+        turned = ImageOps.exif_transpose(image)
+        alpha = "A" in image.getbands() or "transparency" in image.info
+        grey = image.mode in ("1", "L", "LA")
+        pixels = np.asarray(turned.convert({(1, 1): "LA", (1, 0): "L", (0, 1): "RGBA", (0, 0): "RGB"}[grey, alpha]))
+        pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+        self.memory = rasterio.MemoryFile()
+        profile = {"driver": "GTiff", "count": len(pixels), "height": pixels.shape[1], "width": pixels.shape[2]}
+        with self.memory.open(**profile, dtype="uint8", photometric="minisblack" if grey else "rgb") as target:
+            if alpha:
+                target.colorinterp = [*COLOURS[len(pixels) - 1], ColorInterp.alpha]
+            target.write(pixels)
+        return self.memory.open()
+
+    def percentiles(self) -> tuple[float, float]:
+        """2nd and 98th percentile of the valid values, of a million pixels at most spread over the scene."""
+        step = max(1, int((self.height * self.width / 1e6) ** 0.5))
+        shape = (-(-self.height // step), -(-self.width // step))
+        values = self.source.read(self.bands, out_shape=(len(self.bands), *shape)).astype(np.float64)
+        valid = (self.source.dataset_mask(out_shape=shape) > 0) & np.isfinite(values).all(axis=0)
+        if not valid.any():
+            raise ValueError("it has no valid pixel")
+        low, high = (float(v) for v in np.percentile(values[:, valid], (2, 98)))
+        return (low, high) if high > low else (low - 0.5, low + 0.5)  # a flat image
+
+    def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """LR rows first to last - 1 -> values (3, rows, width), [0, 1] from black to white, valid (rows, width) and the
+        alpha channel. Holes are filled from their surroundings, for the networks alone."""
+        window = Window(0, first, self.width, last - first)
+        values = self.source.read(self.bands, window=window)
+        values = self.palette[values[0]].transpose(2, 0, 1) if self.palette is not None else values
+        values = values.astype(np.float32)
+        valid = (self.source.dataset_mask(window=window) > 0) & np.isfinite(values).all(axis=0)
+        alpha = self.source.read(self.alpha, window=window) if self.alpha else None
+        values = (values - self.scale[0]) / (self.scale[1] - self.scale[0])
+        if not valid.all():
+            known = valid.astype(np.uint8)
+            values = np.stack([rasterio.fill.fillnodata(np.where(valid, band, 0.0), known) for band in values])
+        return values if len(values) == 3 else values.repeat(3, axis=0), valid, alpha
+
+
+# ------------------------------------------------------------------------------------------------ computing
+
+
+@lru_cache(maxsize=256)
+def noise_block(seed: int, channels: int, i: int, j: int) -> torch.Tensor:
+    """Noise (channels, BLOCK, BLOCK) of one block of the latent grid, the same whoever asks for it and when."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + i) * 1_000_003 % 2**62 + j)
+    return torch.randn(channels, BLOCK, BLOCK, generator=generator)
+
+
+def noise_at(seed: int, channels: int, top: int, left: int, side: int) -> torch.Tensor:
+    """Noise (channels, side, side) of the latent cells from (top, left) on, side at most BLOCK."""
+    i, j = top // BLOCK, left // BLOCK
+    rows = [torch.cat([noise_block(seed, channels, i + a, j + b) for b in (0, 1)], 2) for a in (0, 1)]
+    top, left = top - i * BLOCK, left - j * BLOCK
+    return torch.cat(rows, 1)[:, top : top + side, left : left + side]
+
+
+def fade(length: int, overlap: int, first: bool, last: bool) -> torch.Tensor:
+    """Weights (length,) of a tile: up over the overlap with the tile before, down over that with the next."""
+    ramp = ((torch.arange(length) + 0.5) / overlap).clamp(max=1)
+    return (torch.ones(length) if first else ramp) * (torch.ones(length) if last else ramp.flip(0))
+
+
+class Upscaler:
+    """LDM and agent (None: the plain LDM) for one scene."""
+
+    def __init__(self, mdp: orl.Denoising, agent: orl.Agent | None, scene: Scene, batch_size: int, seed: int):
+        self.mdp, self.agent, self.scene, self.batch_size, self.seed = mdp, agent, scene, batch_size, seed
+        stride = mdp.ldm.stride
+        least = -(-(max(scene.height, scene.width) + OVERLAP) // stride) * stride
+        self.tile = min(-(-TILE // stride) * stride, max(least, 2 * OVERLAP))
+        self.step = self.tile - OVERLAP
+        self.num_rows, self.num_columns = (-(-side // self.step) for side in (scene.height, scene.width))
+        self.below = -1, None  # the last row of tiles that was computed, and what of it fades into the next
+        self.actions = []  # noise and stride at each call, for the whole scene
+        if agent:
+            self.decide()
+
+    def tile_row(self, r: int) -> np.ndarray:
+        """The LR values (3, tile, columns) that row r of tiles sees: reflected beyond the scene's border."""
+        top, h, w = r * self.step - EDGE, self.scene.height, self.scene.width
+        first, last = max(top, 0), min(top + self.tile, h)
+        values = self.scene.rows(first, last)[0]
+        right = self.num_columns * self.step + EDGE - w
+        around = ((0, 0), (first - top, top + self.tile - last), (EDGE, right))
+        return np.pad(values, around, mode="symmetric")
+
+    def inputs(self, tiles: list[tuple[int, int]], rows: dict[int, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tiles (row, column) of rows of LR values -> their LR (n, 3, tile, tile), not clipped, and noise."""
+        ldm, step, side = self.mdp.ldm, self.step, self.tile
+        lr = np.stack([rows[r][:, :, c * step : c * step + side] for r, c in tiles])
+        corners = [(r * step - EDGE, c * step - EDGE) for r, c in tiles]
+        z = torch.stack([noise_at(self.seed, ldm.latent_channels, *corner, side) for corner in corners])
+        return torch.from_numpy(lr).to(ldm.device), z.to(ldm.device)
+
+    @torch.no_grad()
+    def decide(self) -> None:
+        """Noise and stride at each call: the agent's means over up to four tiles spread over the scene."""
+        places = [(r, c) for r in range(self.num_rows) for c in range(self.num_columns)]
+        places = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, 6).round().astype(int)[1:-1])]
+        lr, z = self.inputs(places, {r: self.tile_row(r) for r, _ in places})
+
+        def policy(maps, numbers):
+            self.actions.append(self.agent.policy(maps, numbers).mean.mean(0, keepdim=True))
+            return Normal(self.actions[-1].expand(len(maps), -1), 1.0)
+
+        self.mdp.denoise(lr.clamp(0, 1), z, SimpleNamespace(policy=policy))
+
+    def steered(self):
+        """The agent with the scene's own noise and stride."""
+        actions = iter(self.actions)
+
+        def policy(maps, numbers):
+            return Normal(next(actions).expand(len(maps), -1), 1.0)
+
+        return SimpleNamespace(policy=policy, edit_policy=self.agent.edit_policy)
+
+    def row(self, r: int) -> torch.Tensor:
+        """SR of row r of tiles, faded towards the rows above and below: (3, 4 tile, 4 width)."""
+        values, side, width = self.tile_row(r), 4 * self.tile, 4 * self.scene.width
+        total = torch.zeros(3, side, 4 * (self.num_columns * self.step + OVERLAP))
+        for first in range(0, self.num_columns, self.batch_size):
+            columns = range(first, min(first + self.batch_size, self.num_columns))
+            lr, z = self.inputs([(r, c) for c in columns], {r: values})
+            sr = self.mdp.super_resolve(lr.clamp(0, 1), z, self.steered() if self.agent else None)[0]
+            for _ in range(5 if self.agent else 0):  # back-projection: what is brighter than white comes back here
+                sr = sr + upscale(lr - F.interpolate(sr, scale_factor=0.25, mode="bicubic", antialias=True))
+            for c, part in zip(columns, sr.cpu()):
+                at = slice(4 * c * self.step, 4 * c * self.step + side)
+                total[:, :, at] += part * fade(side, 4 * OVERLAP, c == 0, c == self.num_columns - 1)
+        total *= fade(side, 4 * OVERLAP, r == 0, r == self.num_rows - 1).view(-1, 1)
+        return total[:, :, 4 * EDGE : 4 * EDGE + width]
+
+    def strips(self, first: int, last: int):
+        """Rows first to last - 1 of tiles -> (top SR row, SR (3, rows, 4 width)) one after the other, without a gap."""
+        side, fades = 4 * self.tile, 4 * OVERLAP
+        if first > 0 and self.below[0] != first - 1:
+            self.below = first - 1, self.row(first - 1)[:, side - fades :].clone()
+        for r in range(first, last):
+            strip = self.row(r)
+            if r > 0:
+                strip[:, :fades] += self.below[1]
+            self.below = r, strip[:, side - fades :].clone()
+            top = 4 * (r * self.step - EDGE)
+            bottom = 4 * self.scene.height if r == self.num_rows - 1 else top + side - fades
+            skip = max(0, -top)
+            yield top + skip, strip[:, skip : bottom - top]
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def profile_of(scene: Scene, height: int) -> dict:
+    """rasterio's settings of a GeoTIFF of `height` SR rows."""
+    count, rgb = scene.count + bool(scene.alpha), scene.count == 3 and scene.dtype == "uint8"
+    nodata = None if scene.palette is not None else scene.source.nodata
+    return {"driver": "GTiff", "width": 4 * scene.width, "height": height, "count": count, "dtype": scene.dtype,
+            "nodata": nodata, "photometric": "rgb" if rgb else "minisblack",
+            "compress": "deflate", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
+
+
+def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """SR rows from `top` on, [0, 1] from black to white -> (bands, rows, 4 width) of the scene's type, their mask."""
+    low, high = scene.scale
+    values = low + (high - low) * (sr.mean(0, keepdim=True) if scene.count == 1 else sr).numpy()
+    whole, nodata = np.issubdtype(scene.dtype, np.integer), scene.source.nodata
+    if whole:
+        values = values.round().clip(np.iinfo(scene.dtype).min, np.iinfo(scene.dtype).max)
+    values = values.astype(scene.dtype)
+    first, last = top // 4, -(-(top + sr.shape[1]) // 4)
+    _, valid, alpha = scene.rows(first, last)
+    cut = slice(top - 4 * first, top - 4 * first + sr.shape[1])
+    valid = valid.repeat(4, 0).repeat(4, 1)[cut]
+    if nodata is not None and not np.isnan(nodata) and scene.palette is None:
+        step = -1 if whole and nodata == np.iinfo(scene.dtype).max else 1
+        values[(values == nodata) & valid] += np.asarray(step).astype(scene.dtype)  # no value is read as a hole
+    if scene.palette is None and (nodata is not None or not whole) and not scene.alpha:
+        values[:, ~valid] = np.nan if nodata is None else nodata
+    if alpha is not None:
+        values = np.concatenate([values, alpha.repeat(4, 0).repeat(4, 1)[None, cut].astype(scene.dtype)])
+    return values, valid
+
+
+def describe(scene: Scene, target) -> list[str]:
+    """Gives a GeoTIFF the scene's coordinates, four times as fine, and its tags -> what was kept, in words."""
+    placed, kept = scene.placed, []
+    if not placed.transform.is_identity:
+        target.transform = placed.transform @ placed.transform.scale(0.25)
+        kept.append("coordinates" if placed.crs else "coordinates of no named system")
+    if placed.crs:
+        target.crs = placed.crs
+    points, system = placed.gcps
+    if points:
+        for point in points:
+            point.row, point.col = 4 * point.row, 4 * point.col
+        target.gcps = (points, system)
+        kept.append("control points")
+    if rpcs := placed.rpcs:
+        for axis in ("line", "samp"):  # a pixel's centre x becomes 4 x + 1.5
+            setattr(rpcs, f"{axis}_off", 4 * getattr(rpcs, f"{axis}_off") + 1.5)
+            setattr(rpcs, f"{axis}_scale", 4 * getattr(rpcs, f"{axis}_scale"))
+        target.rpcs = rpcs
+        kept.append("RPCs")
+    target.update_tags(**{k: v for k, v in placed.tags().items() if k != "AREA_OR_POINT"})
+    for k, band in enumerate(scene.bands if scene.palette is None else (), 1):
+        target.set_band_description(k, placed.descriptions[band - 1] or "")
+    if scene.alpha:
+        target.colorinterp = [*COLOURS[scene.count], ColorInterp.alpha]
+    return kept
+
+
+def world_file(scene: Scene, target: Path) -> None:
+    """The six numbers of a picture's place beside it, for the centre of its upper left pixel."""
+    place = scene.placed.transform @ scene.placed.transform.scale(0.25)
+    x, y = place @ (0.5, 0.5)
+    text = "\n".join(repr(float(v)) for v in (place.a, place.d, place.b, place.e, x, y))
+    target.with_suffix({".png": ".pgw"}.get(target.suffix.lower(), ".jgw")).write_text(text + "\n", encoding="utf-8")
+
+
+def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: int, bar) -> None:
+    """Rows first to last - 1 of tiles as one GeoTIFF; nothing half-written has its name."""
+    strips = upscaler.strips(first, last)
+    top = max(0, 4 * (first * upscaler.step - EDGE))
+    bottom = 4 * scene.height if last == upscaler.num_rows else 4 * (last * upscaler.step - EDGE)
+    half = part.with_name(part.name + ".half")
+    with rasterio.open(half, "w", **profile_of(scene, bottom - top)) as target:
+        holes = scene.source.nodata is None and scene.palette is None and not scene.alpha
+        for at, sr in strips:
+            values, valid = encode(scene, at, sr)
+            window = Window(0, at - top, values.shape[2], values.shape[1])
+            target.write(values, window=window)
+            if holes and not valid.all() and np.issubdtype(scene.dtype, np.integer):
+                target.write_mask(valid, window=window)
+            bar.update(1)
+    os.replace(half, part)
+
+
+def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
+    """All parts as one file -> what was kept of the scene, in words."""
+    half, at = target.with_name(target.name + ".half"), 0
+    if scene.kind != "GTiff":
+        pixels = np.concatenate([rasterio.open(part).read() for part in parts], axis=1)
+        kept = ["colour profile"] if scene.icc else []
+        if not scene.placed.transform.is_identity:
+            world_file(scene, target)
+            kept.append("world file")
+        if pixels.dtype == np.uint8:
+            image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+            options = {"quality": 95, "subsampling": 0} if scene.kind == "JPEG" else {}
+            image.save(half, format=scene.kind, icc_profile=scene.icc, **options)
+        else:
+            size = {"height": pixels.shape[1], "width": pixels.shape[2], "count": len(pixels), "dtype": pixels.dtype}
+            with rasterio.open(half, "w", driver="PNG", **size) as file:
+                file.write(pixels)
+        os.replace(half, target)
+        return kept
+    with rasterio.open(half, "w", **profile_of(scene, 4 * scene.height)) as file:
+        kept = describe(scene, file)
+        for part in parts:
+            with rasterio.open(part) as source:
+                masked = MaskFlags.per_dataset in source.mask_flag_enums[0] and not scene.alpha
+                for first in range(0, source.height, 512):
+                    window = Window(0, first, source.width, min(512, source.height - first))
+                    place = Window(0, at + first, source.width, window.height)
+                    file.write(source.read(window=window), window=place)
+                    if masked:
+                        file.write_mask(source.dataset_mask(window=window), window=place)
+                at += source.height
+    os.replace(half, target)
+    return kept
+
+
+def write_vrt(scene: Scene, parts: list[Path], target: Path) -> list[str]:
+    """The parts of several processes as one image, a VRT: no two of them ever write one file."""
+    count, at, width = scene.count + bool(scene.alpha), 0, 4 * scene.width
+    sources = ["" for _ in range(count)]
+    kind = "Byte" if scene.dtype == "uint8" else scene.dtype.capitalize().replace("Uint", "UInt")
+    for part in parts:
+        with rasterio.open(part) as source:
+            height = source.height
+        for band in range(count):
+            name = f"{part.parent.name}/{part.name}"
+            sources[band] += (
+                f'<SimpleSource><SourceFilename relativeToVRT="1">{name}</SourceFilename>'
+                f"<SourceBand>{band + 1}</SourceBand>"
+                f'<SrcRect xOff="0" yOff="0" xSize="{width}" ySize="{height}"/>'
+                f'<DstRect xOff="0" yOff="{at}" xSize="{width}" ySize="{height}"/></SimpleSource>'
+            )
+        at += height
+    hole = "" if scene.source.nodata is None else f"<NoDataValue>{scene.source.nodata}</NoDataValue>"
+    text = f'<VRTDataset rasterXSize="{width}" rasterYSize="{at}">'
+    for band, inside in enumerate(sources, 1):
+        text += f'<VRTRasterBand dataType="{kind}" band="{band}">{hole}{inside}</VRTRasterBand>'
+    half = target.with_name(f"{target.stem}.{os.getpid()}.half.vrt")
+    half.write_text(text + "</VRTDataset>", encoding="utf-8")
+    with rasterio.open(half, "r+") as file:
+        kept = describe(scene, file)
+    os.replace(half, target)
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def list_files(args: Args) -> list[tuple[Path, Path]]:
+    """(image, its result without suffix) of all files and folders named; a folder's tree is mirrored, results of
+    earlier calls are left out, and what would overwrite another result keeps its suffix in its name."""
+    found = []
+    for path in map(Path, args.paths):
+        if path.is_dir():
+            inside = [file for file in orl.image_files(path) if not file.stem.endswith("_sr")]
+            inside = [file for file in inside if not re.search(r"_sr\.\w+\.parts$", file.parent.name)]
+            if not inside:
+                stop(f"{path}: no image in this folder")
+            root = Path(args.output or path) / (path.name if args.output and len(args.paths) > 1 else "")
+            found += [(file, root / file.relative_to(path).parent / f"{file.stem}_sr") for file in inside]
+        elif path.is_file():
+            found.append((path, Path(args.output or path.parent) / f"{path.stem}_sr"))
+        else:
+            stop(f"{path}: no such file or folder")
+    names = [(target, PICTURES.get(file.suffix.lower())) for file, target in found]
+    long = [target.with_name(f"{file.stem}_{file.suffix[1:]}_sr") for file, target in found]
+    return [(file, long[k] if names.count(names[k]) > 1 else target) for k, (file, target) in enumerate(found)]
+
+
+def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: int, world: int) -> str:
+    """Writes one result, or this process's share of it -> the line that says so."""
+    began, scene = time.perf_counter(), Scene(file, args.bands, args.scale)
+    suffix = file.suffix if scene.kind in PICTURES.values() else ".tif"
+    target = target.with_name(target.name + suffix)
+    folder = target.with_name(target.name + ".parts")
+    joined = target if world == 1 else target.with_suffix(".vrt")
+    stale = not joined.is_file() or joined.stat().st_mtime < file.stat().st_mtime
+    if not (stale or args.overwrite):
+        return f"{joined}: finished before, kept; --overwrite does it again"
+    upscaler = Upscaler(mdp, agent, scene, args.batch_size, args.seed)
+    each = max(1, args.window // upscaler.step)
+    groups = [(first, min(first + each, upscaler.num_rows)) for first in range(0, upscaler.num_rows, each)]
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"file": [file.stat().st_size, file.stat().st_mtime], "ldm": mdp.ldm.fingerprint(), "each": each,
+                "seed": args.seed, "scale": scene.scale, "bands": scene.bands, "agent": args.agent}  # fmt: skip
+    note = folder / f"settings_{rank}_of_{world}.json"
+    if not note.is_file() or json.loads(note.read_text("utf-8")) != json.loads(json.dumps(settings)) or args.overwrite:
+        for k in np.array_split(np.arange(len(groups)), world)[rank].tolist():  # of another image, or other settings
+            (folder / f"{k:05d}.tif").unlink(missing_ok=True)
+        note.write_text(json.dumps(settings), encoding="utf-8")
+    parts = [folder / f"{k:05d}.tif" for k in range(len(groups))]
+    mine = [k for k in np.array_split(np.arange(len(groups)), world)[rank].tolist() if not parts[k].is_file()]
+    total = sum(groups[k][1] - groups[k][0] for k in mine)
+    with tqdm(total=total, desc=file.name, unit="row of tiles", dynamic_ncols=True, leave=False, delay=3) as bar:
+        for k in mine:
+            write_part(scene, upscaler, parts[k], *groups[k], bar)
+    size = f"{scene.width} x {scene.height} -> {4 * scene.width} x {4 * scene.height} px"
+    seconds = time.perf_counter() - began
+    if not all(part.is_file() for part in parts):
+        return f"{folder}: {len(mine)} of {len(parts)} parts by this process in {seconds:.1f} s; others are at work"
+    kept = join(scene, parts, target) if world == 1 else write_vrt(scene, parts, joined)
+    if world == 1:
+        shutil.rmtree(folder)
+    notes = [f"{scene.dtype}, black {scene.scale[0]:g}, white {scene.scale[1]:g}"]
+    notes += [f"kept: {', '.join(kept)}"] if kept else []
+    notes += [f"bands {scene.dropped} left out"] if scene.dropped else []
+    notes += ["its colour table written as colours"] if scene.palette is not None else []
+    tiff = file.suffix.lower() in (".tif", ".tiff")
+    notes += [f"{file.suffix} is written as .tif"] if suffix == ".tif" and not tiff else []
+    return f"{joined}: {size} in {time.perf_counter() - began:.1f} s; {'; '.join(notes)}"
+
+
+def main(args: Args) -> None:
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if not args.paths or min(args.batch_size, args.window) < 1:
+        stop("name LR images or folders; --batch-size and --window are at least 1")
+    files = list_files(args)  # bad input speaks before anything is loaded
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    device = orl.pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+    saved = load_run(orl.locate(args.agent))
+    ldm = orl.load_ldm(args.ldm or saved["args"]["ldm"], device)
+    agent = load_agent(saved, ldm)
+    mdp = orl.Denoising(ldm, saved["args"]["base_steps"], saved["args"]["max_calls"])
+    failed = 0
+    for k, (file, target) in enumerate(files):
+        try:
+            with rasterio.open(file) if file.suffix.lower() in (".tif", ".tiff", ".jp2") else Image.open(file) as image:
+                small = image.height <= args.window
+        except Exception:
+            small = True
+        if world > 1 and small and k % world != rank:
+            continue  # a small image is one process's
+        try:
+            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):  # no mask in a file of its own, whatever the user has set
+                share = (0, 1) if small else (rank, world)
+                print(super_resolve_file(args, file, target, mdp, agent, *share))
+        except Exception as error:  # whatever one file raises, the others go on
+            failed += 1
+            print(f"{file}: skipped ({type(error).__name__}: {' '.join(str(error).split())})")
+    if failed:
+        print(f"{failed} of {len(files)} file(s) could not be super-resolved")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
