@@ -24,6 +24,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -268,7 +269,7 @@ def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int
             try:
                 pixels = read_image(content)
                 if min(pixels.shape[1:]) < min_side:
-                    raise ValueError(f"a side below {min_side} px")
+                    raise ValueError(f"a side below {min_side} px: a smaller --crop takes it")
                 images.pixels.append(pixels.to(device)), images.labels.append(k), images.files.append(file)
             except Exception as error:  # whatever a broken file raises, it is one image less
                 skipped.append(f"{scene}/{file} ({error})")
@@ -372,7 +373,7 @@ def load_scheduler(path: str) -> diffusers.DDIMScheduler:
 
 def load_ldm(name: str, device: torch.device) -> LDM:
     """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin files read as weights only."""
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # errors that it gets over: no safetensors, then .bin
     path = str(locate(name)) if locate(name).is_dir() else name
     options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:

@@ -5,13 +5,15 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, tiny_ldm
+from conftest import ROOT, SHARED, tiny_ldm
 from PIL import Image
 
 import eval_sr
@@ -313,6 +315,14 @@ def test_an_ldm_that_cannot_be_used_ends_in_one_sentence(tmp_path, capsys):
     shutil.rmtree(tmp_path / "ldm/vqvae")
     with stops_with(capsys, "unreadable", "unet/, vqvae/, scheduler/"):
         orl.load_ldm(str(tmp_path / "ldm"), CPU)
+
+
+def test_bin_weights_alone_are_read_without_a_library_complaining(tmp_path):
+    """In a process of its own: pytest takes a library's lines away."""
+    tiny_ldm(tmp_path / "ldm").save_pretrained(tmp_path / "bin", safe_serialization=False)
+    code = f"import torch, ppo_ldm_sr as orl; orl.load_ldm({str(tmp_path / 'bin')!r}, torch.device('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 1, done.stdout + done.stderr
 
 
 def test_an_ldm_with_bin_weights_alone_gives_the_same_images(tmp_path):
