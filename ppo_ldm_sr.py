@@ -723,7 +723,8 @@ def rollout(mdp: Denoising, agent: Agent, net: nn.Module | None, images: Images,
     index = torch.cat([call * n + s.slots for call, s in enumerate(steps)])  # of each step in a (T, n) table
     call = torch.arange(1, len(steps) + 1, device=lr.device).unsqueeze(1)
     # choice: the reward is paid at the end, since only the final image has a quality
-    rewards, dones = (call == calls) * args.reward_scale * infos["reward"], call == calls  # (T, n)
+    dones = call == calls  # (T, n)
+    rewards = dones * args.reward_scale * infos["reward"]
     values = torch.zeros_like(rewards).flatten().index_copy(0, index, batch["values"]).view_as(rewards)
     advantages, returns = gae(rewards, values, dones, torch.zeros_like(values[0]), args.gamma, args.gae_lambda)
     batch["advantages"], batch["returns"] = advantages.flatten()[index], returns.flatten()[index]
@@ -851,7 +852,8 @@ def main(argv: list[str] | None = None) -> None:
     ldm = load_ldm(args.ldm, device)
     if args.crop % (4 * ldm.stride):
         stop(f"--crop {args.crop} must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
-    if saved and saved["ldm"] != ldm.fingerprint():
+    fingerprint = ldm.fingerprint()
+    if saved and saved["ldm"] != fingerprint:
         stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with")
     train, test = (load_images(args.dataset, split, args.scenes, args.crop, device) for split in ("train", "test"))
     args.dataset = find_images(args.dataset)[2]  # what auto has found is what a resumed run goes on with
@@ -874,7 +876,7 @@ def main(argv: list[str] | None = None) -> None:
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
         hr = test.centres(args.eval_images, args.crop)  # (n, 3, crop, crop)
         plain = evaluate(mdp, hr, net, None, args.seed)
-        content = {"args": vars(args), "ldm": ldm.fingerprint(), "title": train.title}
+        content = {"args": vars(args), "ldm": fingerprint, "title": train.title}
         print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}", flush=True)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True)
 

@@ -137,20 +137,24 @@ class Scene:
         low, high = (float(v) for v in np.percentile(values[:, valid], (2, 98)))
         return (low, high) if high > low else (low - 0.5, low + 0.5)  # a flat image
 
-    def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """LR rows first to last - 1 -> values (3, rows, width), [0, 1] from black to white, valid (rows, width) and the
-        alpha channel. Holes are filled from their surroundings, for the networks alone."""
+    def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """LR rows first to last - 1 -> values (1 or 3, rows, width), valid (rows, width), the alpha channel or None."""
         window = Window(0, first, self.width, last - first)
         values = self.source.read(self.bands, window=window)
         values = self.palette[values[0]].transpose(2, 0, 1) if self.palette is not None else values
         values = values.astype(np.float32)
         valid = (self.source.dataset_mask(window=window) > 0) & np.isfinite(values).all(axis=0)
-        alpha = self.source.read(self.alpha, window=window) if self.alpha else None
+        return values, valid, self.source.read(self.alpha, window=window) if self.alpha else None
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """LR rows first to last - 1 as the networks see them: (3, rows, width), [0, 1] black to white, holes filled
+        from their surroundings."""
+        values, valid, _ = self.read(first, last)
         values = (values - self.scale[0]) / (self.scale[1] - self.scale[0])
         if not valid.all():
             known = valid.astype(np.uint8)
             values = np.stack([rasterio.fill.fillnodata(np.where(valid, band, 0.0), known) for band in values])
-        return values if len(values) == 3 else values.repeat(3, axis=0), valid, alpha
+        return values if len(values) == 3 else values.repeat(3, axis=0)
 
 
 # ------------------------------------------------------------------------------------------------ computing
@@ -196,7 +200,7 @@ class Upscaler:
         """The LR values (3, tile, columns) that row r of tiles sees: reflected beyond the scene's border."""
         top, h, w = r * self.step - EDGE, self.scene.height, self.scene.width
         first, last = max(top, 0), min(top + self.tile, h)
-        values = self.scene.rows(first, last)[0]
+        values = self.scene.rows(first, last)
         right = self.num_columns * self.step + EDGE - w
         around = ((0, 0), (first - top, top + self.tile - last), (EDGE, right))
         return np.pad(values, around, mode="symmetric")
@@ -284,7 +288,7 @@ def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.nda
         values = values.round().clip(np.iinfo(scene.dtype).min, np.iinfo(scene.dtype).max)
     values = values.astype(scene.dtype)
     first, last = top // 4, -(-(top + sr.shape[1]) // 4)
-    _, valid, alpha = scene.rows(first, last)
+    _, valid, alpha = scene.read(first, last)
     cut = slice(top - 4 * first, top - 4 * first + sr.shape[1])
     valid = valid.repeat(4, 0).repeat(4, 1)[cut]
     if nodata is not None and not np.isnan(nodata) and scene.palette is None:
@@ -455,13 +459,14 @@ def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: i
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"file": [file.stat().st_size, file.stat().st_mtime], "ldm": mdp.ldm.fingerprint(), "each": each,
                 "seed": args.seed, "scale": scene.scale, "bands": scene.bands, "agent": args.agent}  # fmt: skip
+    share = np.array_split(np.arange(len(groups)), world)[rank].tolist()
+    parts = [folder / f"{k:05d}.tif" for k in range(len(groups))]
     note = folder / f"settings_{rank}_of_{world}.json"
     if not note.is_file() or json.loads(note.read_text("utf-8")) != json.loads(json.dumps(settings)) or args.overwrite:
-        for k in np.array_split(np.arange(len(groups)), world)[rank].tolist():  # of another image, or other settings
-            (folder / f"{k:05d}.tif").unlink(missing_ok=True)
+        for k in share:  # of another image, or other settings
+            parts[k].unlink(missing_ok=True)
         note.write_text(json.dumps(settings), encoding="utf-8")
-    parts = [folder / f"{k:05d}.tif" for k in range(len(groups))]
-    mine = [k for k in np.array_split(np.arange(len(groups)), world)[rank].tolist() if not parts[k].is_file()]
+    mine = [k for k in share if not parts[k].is_file()]
     total = sum(groups[k][1] - groups[k][0] for k in mine)
     with tqdm(total=total, desc=file.name, unit="row of tiles", dynamic_ncols=True, leave=False, delay=3) as bar:
         for k in mine:
