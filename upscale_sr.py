@@ -48,6 +48,7 @@ OVERLAP = 16  # LR px that neighbouring tiles share and fade across
 EDGE = OVERLAP // 2
 BLOCK = 256  # latent cells a side that one generator draws noise for
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # written as such; everything else as GeoTIFF
+WRITTEN = 128  # SR rows turned into the scene's type at once
 COLOURS = {1: [ColorInterp.gray], 3: [ColorInterp.red, ColorInterp.green, ColorInterp.blue]}
 warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
 warnings.filterwarnings("ignore", category=rasterio.errors.NodataShadowWarning)
@@ -62,7 +63,7 @@ class Args:
     bands: tuple[int, int, int] | None = None  # bands to take as red, green and blue (None: 1 2 3, or the only one)
     scale: tuple[float, float] | None = None  # values that are black and white (None: 0 255 of 8 bits, else 2% and 98%)
     overwrite: bool = False  # do again what is finished
-    batch_size: int = 8  # tiles denoised at once
+    batch_size: int | None = None  # tiles denoised at once (None: 1 on a CPU, whose caches hold no more, 16 on CUDA)
     window: int = 512  # LR rows that are computed again at most after a kill
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     seed: int = 0  # seed of the noise
@@ -193,7 +194,7 @@ class Upscaler:
         self.num_rows, self.num_columns = (-(-side // self.step) for side in (scene.height, scene.width))
         self.below = -1, None  # the last row of tiles that was computed, and what of it fades into the next
         self.actions = []  # noise and stride at each call, for the whole scene
-        if agent:
+        if agent and self.num_rows * self.num_columns > 1:
             self.decide()
 
     def tile_row(self, r: int) -> np.ndarray:
@@ -224,10 +225,12 @@ class Upscaler:
             self.actions.append(self.agent.policy(maps, numbers).mean.mean(0, keepdim=True))
             return Normal(self.actions[-1].expand(len(maps), -1), 1.0)
 
-        self.mdp.denoise(lr.clamp(0, 1), z, SimpleNamespace(policy=policy))
+        self.mdp.denoise(lr.clamp(0, 1), z, SimpleNamespace(policy=policy, edit_policy=self.agent.edit_policy))
 
     def steered(self):
-        """The agent with the scene's own noise and stride."""
+        """The agent with the scene's own noise and stride; those of a single tile are the scene's."""
+        if not self.actions:
+            return self.agent
         actions = iter(self.actions)
 
         def policy(maps, numbers):
@@ -242,7 +245,7 @@ class Upscaler:
         for first in range(0, self.num_columns, self.batch_size):
             columns = range(first, min(first + self.batch_size, self.num_columns))
             lr, z = self.inputs([(r, c) for c in columns], {r: values})
-            sr = self.mdp.super_resolve(lr.clamp(0, 1), z, self.steered() if self.agent else None)[0]
+            sr = self.mdp.super_resolve(lr.clamp(0, 1), z, self.steered())[0]
             for _ in range(5 if self.agent else 0):  # back-projection: what is brighter than white comes back here
                 sr = sr + upscale(lr - F.interpolate(sr, scale_factor=0.25, mode="bicubic", antialias=True))
             for c, part in zip(columns, sr.cpu()):
@@ -265,6 +268,7 @@ class Upscaler:
             bottom = 4 * self.scene.height if r == self.num_rows - 1 else top + side - fades
             skip = max(0, -top)
             yield top + skip, strip[:, skip : bottom - top]
+            del strip  # here and where it is written: not held while the next one is computed
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -344,13 +348,15 @@ def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: i
     bottom = 4 * scene.height if last == upscaler.num_rows else 4 * (last * upscaler.step - EDGE)
     half = part.with_name(part.name + ".half")
     with rasterio.open(half, "w", **profile_of(scene, bottom - top)) as target:
-        holes = scene.source.nodata is None and scene.palette is None and not scene.alpha
-        for at, sr in strips:
-            values, valid = encode(scene, at, sr)
-            window = Window(0, at - top, values.shape[2], values.shape[1])
-            target.write(values, window=window)
-            if holes and not valid.all() and np.issubdtype(scene.dtype, np.integer):
-                target.write_mask(valid, window=window)
+        holes = MaskFlags.per_dataset in scene.source.mask_flag_enums[0] and scene.palette is None and not scene.alpha
+        for start, strip in strips:
+            for k in range(0, strip.shape[1], WRITTEN):
+                values, valid = encode(scene, start + k, strip[:, k : k + WRITTEN])
+                window = Window(0, start + k - top, values.shape[2], values.shape[1])
+                target.write(values, window=window)
+                if holes and np.issubdtype(scene.dtype, np.integer):  # of every row: one that is not written is a hole
+                    target.write_mask(valid, window=window)
+            del strip
             bar.update(1)
     os.replace(half, part)
 
@@ -453,11 +459,12 @@ def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: i
     stale = not joined.is_file() or joined.stat().st_mtime < file.stat().st_mtime
     if not (stale or args.overwrite):
         return f"{joined}: finished before, kept; --overwrite does it again"
-    upscaler = Upscaler(mdp, agent, scene, args.batch_size, args.seed)
+    batch_size = args.batch_size or (16 if mdp.ldm.device.type == "cuda" else 1)
+    upscaler = Upscaler(mdp, agent, scene, batch_size, args.seed)
     each = max(1, args.window // upscaler.step)
     groups = [(first, min(first + each, upscaler.num_rows)) for first in range(0, upscaler.num_rows, each)]
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"file": [file.stat().st_size, file.stat().st_mtime], "ldm": mdp.ldm.fingerprint(), "each": each,
+    settings = {"file": [file.stat().st_size, file.stat().st_mtime], "ldm": mdp.ldm.fingerprint, "each": each,
                 "seed": args.seed, "scale": scene.scale, "bands": scene.bands, "agent": args.agent}  # fmt: skip
     share = np.array_split(np.arange(len(groups)), world)[rank].tolist()
     parts = [folder / f"{k:05d}.tif" for k in range(len(groups))]
@@ -489,7 +496,7 @@ def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: i
 
 def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    if not args.paths or min(args.batch_size, args.window) < 1:
+    if not args.paths or min(args.batch_size or 1, args.window) < 1:
         stop("name LR images or folders; --batch-size and --window are at least 1")
     files = list_files(args)  # bad input speaks before anything is loaded
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
@@ -511,7 +518,8 @@ def main(args: Args) -> None:
         if world > 1 and small and k % world != rank:
             continue  # a small image is one process's
         try:
-            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):  # no mask in a file of its own, whatever the user has set
+            # no mask in a file of its own, whatever the user has set; GDAL's cache would take 5% of the memory
+            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, GDAL_CACHEMAX=128):
                 share = (0, 1) if small else (rank, world)
                 print(super_resolve_file(args, file, target, mdp, agent, *share))
         except Exception as error:  # whatever one file raises, the others go on

@@ -63,8 +63,8 @@ def main(args: Args) -> None:
         kept = []
         bare = seconds(bare_calls)
         rolled = seconds(lambda seed=seed, kept=kept: kept.append(orl.rollout(mdp, learner, net, train, settings, seed)))
-        batch, edits, _ = kept.pop()
-        updated = seconds(lambda batch=batch, edits=edits: orl.update(learner, optimizer, batch, edits, settings))
+        batch, _ = kept.pop()
+        updated = seconds(lambda batch=batch: orl.update(learner, optimizer, batch, settings))
         if seed:
             steps = len(batch["actions"])
             unet.append(n * calls / bare), rollout.append(steps / rolled)

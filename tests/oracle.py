@@ -54,7 +54,7 @@ def main(args: Args) -> None:
             total = total + ten.super_resolve(lr, orl.noise_for(ldm, part, *lr.shape[-2:], 1 + k), consistent=False)[0]
         add("oracle of distortion: mean of 16 samples", total / 16, hr, 100)
         with torch.no_grad():
-            last, _, calls, _ = short.denoise(lr, z)
+            last, calls, _ = short.denoise(lr, z)
         edit = torch.zeros_like(last, requires_grad=True)
         optimizer = torch.optim.Adam([edit], lr=0.05)
         for _ in range(60):

@@ -2,8 +2,8 @@
 
     python tests/reward_gradient.py --agent runs/orl_ldm --dataset data/paper8 --minutes 10
 
-It follows the plain LDM's steps (no noise scale, no stride: the number of calls has no gradient) and edits the last clean
-latent. Writes reward_gradient.pt and the curve of its held-out reward (reward_gradient/events.*, over denoiser
+It follows the plain LDM's steps (no noise scale, no stride: the number of calls has no gradient) and edits the clean
+latent of every call; the gradient leads through the later calls, though not through what they make the editor do. Writes reward_gradient.pt and the curve of its held-out reward (reward_gradient/events.*, over denoiser
 calls) into the run folder of the agent that it is compared with; eval_sr.py then shows a row and a line.
 """
 
@@ -26,7 +26,7 @@ class Args:
     agent: str = "runs/orl_ldm"  # run folder of the agent
     dataset: str = "data/paper8"  # images to train on
     minutes: float = 10.0  # of training
-    batch: int = 12  # images of a gradient step
+    batch: int = 16  # images of a gradient step
     learning_rate: float = 1e-3  # of Adam, annealed to a twentieth
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 42  # of weights, crops and noise
@@ -54,14 +54,14 @@ def main(args: Args) -> None:
             optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.05, 1 - spent / seconds)
             hr = train.crops(args.batch, crop)
             lr = orl.downscale(hr)
-            with torch.no_grad():
-                z = torch.randn(len(lr), ldm.latent_channels, *lr.shape[-2:], device=device)
-                z, spent_calls, observation, _ = mdp.denoise(lr, z)
-            edit = agent.edit_policy(*observation).mean
+            z = torch.randn(len(lr), ldm.latent_channels, *lr.shape[-2:], device=device)
+            z, spent_calls, steps = mdp.denoise(lr, z, agent)
             shift = torch.randint(8, (2,)).tolist()  # as the agent's environment does
-            found = orl.score(net, mdp.finish(z + edit, lr), hr, spent_calls, shift)["reward"].mean()
+            found = orl.score(net, mdp.finish(z, lr), hr, spent_calls, trained["reward_weights"], shift)["reward"].mean()
+            gradients = torch.autograd.grad(found, [s.edits for s in steps])
+            edit = agent.edit_policy(torch.cat([s.maps for s in steps]), torch.cat([s.numbers for s in steps])).mean
             optimizer.zero_grad()
-            (-found).backward()
+            (-edit).backward(torch.cat(gradients))
             optimizer.step()
             before, spent = spent, spent + time.perf_counter() - began  # the curve below takes no training time
             step, calls, bar.n = step + 1, calls + int(spent_calls.sum()), round(spent)

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 
 import datasets
+import hub
 import numpy as np
 import pytest
 import torch
@@ -238,21 +240,43 @@ def hub_dataset(splits, image="image", label="label"):
     return datasets.DatasetDict({k: datasets.Dataset.from_dict(v, features) for k, v in of.items()})
 
 
+def as_parquet(data, folder):
+    """Writes a dataset in the Hub's layout."""
+    (folder / "data").mkdir(parents=True)
+    for split, rows in data.items():
+        rows.to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+    files = "".join(f"  - split: {k}\n    path: data/{k}-*\n" for k in data)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+
+
 @pytest.mark.parametrize("columns", [{}, {"image": "img", "label": "labels"}])
 @pytest.mark.parametrize("form", ["parquet", "save_to_disk"])
 def test_a_local_copy_of_a_hub_dataset_loads(tmp_path, form, columns):
     data = hub_dataset({"train": 5, "test": 2}, **columns)
-    if form == "save_to_disk":
-        data.save_to_disk(tmp_path)
-    else:
-        (tmp_path / "data").mkdir()
-        for split, rows in data.items():
-            rows.to_parquet(tmp_path / f"data/{split}-00000-of-00001.parquet")
-        files = "".join(f"  - split: {k}\n    path: data/{k}-*\n" for k in data)
-        (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    data.save_to_disk(tmp_path) if form == "save_to_disk" else as_parquet(data, tmp_path)
     train, test = load(tmp_path, "train"), load(tmp_path, "test")
     assert (len(train.files), len(test.files)) == (10, 4) and train.scenes == test.scenes == ["desert", "river"]
     assert train.labels == [0] * 5 + [1] * 5 and all(p.shape == (3, 48, 64) for p in train.pixels)
+
+
+def test_auto_and_an_ldm_of_bin_weights_come_from_the_hub_and_no_library_complains(tmp_path):
+    """A stand-in of the Hub over HTTP, in a process of its own, since the client reads HF_ENDPOINT once."""
+    as_parquet(hub_dataset({"train": 5, "validation": 1, "test": 2}), tmp_path / "hub/datasets/timm/resisc45")
+    tiny_ldm(tmp_path / "ldm").save_pretrained(tmp_path / "hub/models/someone/tiny", safe_serialization=False)
+    code = """if True:
+        import torch, ppo_ldm_sr as orl
+        cpu = torch.device("cpu")
+        ldm = orl.load_ldm("someone/tiny", cpu)
+        train, test = (orl.load_images("auto", split, (), 32, cpu) for split in ("train", "test"))
+        print(len(train.files), len(test.files), train.scenes, orl.find_images("auto")[2], ldm.fingerprint)"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    with hub.Hub(tmp_path / "hub") as endpoint:
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    last = f"10 4 ['desert', 'river'] timm/resisc45 {orl.load_ldm(str(tmp_path / 'ldm'), CPU).fingerprint}"
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == last, done.stdout + done.stderr
+    assert "synthetic" not in done.stdout
+    assert not re.search(r"error|warn|unauthenticated", done.stderr, re.IGNORECASE), done.stderr
 
 
 def test_a_hub_dataset_of_one_split_is_cut_80_to_20_within_each_scene(tmp_path, capsys):
@@ -352,13 +376,17 @@ def test_code_in_a_pickle_is_never_run(tmp_path, capsys):
 def test_an_agent_of_another_ldm_or_version_is_refused(tmp_path, ldm_folder, capsys):
     ldm = orl.load_ldm(str(ldm_folder), CPU)
     tensors = orl.Agent(torch.ones(3), 8).state_dict()
-    state, file = {"ldm": ldm.fingerprint(), "args": {"ldm": "x"}, "agent": tensors}, tmp_path / "agent.pt"
+    state, file = {"ldm": ldm.fingerprint, "args": {"ldm": "x"}, "agent": tensors}, tmp_path / "agent.pt"
     orl.save_run(file, state)
     assert eval_sr.load_agent(eval_sr.load_run(tmp_path), ldm) and file.stat().st_mode & 0o044 == 0o044  # colleagues may read it
     with stops_with(capsys, "another LDM", "--ldm"):
         eval_sr.load_agent(state | {"ldm": "0" * 12}, ldm)
     with stops_with(capsys, "another version"):
         eval_sr.load_agent(state | {"agent": dict(list(tensors.items())[1:])}, ldm)
+    torch.save(state | {"version": 2}, file)  # whose agent edited once, after the last call
+    with stops_with(capsys, "another version"):
+        eval_sr.load_run(tmp_path)
+    orl.save_run(file, state)
     file.rename(tmp_path / "checkpoint.pt")  # of a run that was stopped before its first evaluation
     assert eval_sr.load_agent(eval_sr.load_run(tmp_path), ldm)
     file.write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:1000])

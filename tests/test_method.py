@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_an_adaptive_stride_follows_the_formula_exactly(tmp_path):
     alphas = torch.cat([pipeline.scheduler.alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])
     visited = [int(state.t)]
     for value in (1.5, 2.0, 1.0, 0.5):
-        z, position, done = mdp.advance(state, torch.tensor([[0.0, stride(value)]]))
+        z, position, done = mdp.advance(state, torch.tensor([[0.0, stride(value)]]), torch.zeros_like(state.x0))
         t = mdp.at(mdp.timesteps, position)
         a, b = alphas[visited[-1]], alphas[int(t)]
         x0, noise = state.x0.double(), state.noise.double()
@@ -119,7 +120,7 @@ def test_a_zero_action_visits_the_schedulers_own_timesteps_for_every_number_of_s
     monkeypatch.setattr(ldm, "predict", predict)
     for steps in range(1, 101):
         mdp = orl.Denoising(ldm, steps, 2 * steps)
-        _, calls, _, taken = mdp.super_resolve(torch.rand(1, 3, 1, 1), torch.randn(1, 3, 1, 1), None)
+        _, calls, taken = mdp.super_resolve(torch.rand(1, 3, 1, 1), torch.randn(1, 3, 1, 1), None)
         ldm.scheduler.set_timesteps(steps)
         own = [t for t in ldm.scheduler.timesteps.tolist() if t >= 0]  # "trailing" at 61 steps: 61, and then -1
         assert [int(step.state.t) for step in taken] == own, steps
@@ -160,13 +161,14 @@ def test_an_image_that_ends_early_leaves_the_others_to_go_on_and_each_gets_its_o
         def edit_policy(self, maps, numbers):
             return orl.Normal(maps[:, 9:12].float().mean(dim=(1, 2, 3), keepdim=True).expand(-1, 3, 16, 16), 1.0)
 
-    sr, calls, edit, steps = mdp.super_resolve(lr, z, Steering())
+    sr, calls, steps = mdp.super_resolve(lr, z, Steering())
     assert [step.slots.tolist() for step in steps] == [[0, 1], [0, 1], [0, 1], [1], [1]] and calls.tolist() == [3, 5]
     for slot, step in ((0, steps[2]), (1, steps[4])):  # as each would have been by itself
         own = step.slots.tolist().index(slot)
-        z_last, own_lr = mdp.advance(step.state, step.actions)[0][own : own + 1], lr[slot : slot + 1]
-        torch.testing.assert_close(edit[slot].mean(), (2 * lr[slot] - 1).mean(), atol=1e-3, rtol=0)
-        expected = mdp.finish(z_last + edit[slot], own_lr)
+        z_last, own_lr = mdp.advance(step.state, step.actions, step.edits)[0][own : own + 1], lr[slot : slot + 1]
+        torch.testing.assert_close(step.edits[own].mean(), (2 * lr[slot] - 1).mean(), atol=1e-3, rtol=0)
+        torch.testing.assert_close(z_last, step.state.x0[own : own + 1] + step.edits[own : own + 1])  # it is the clean latent
+        expected = mdp.finish(z_last, own_lr)
         torch.testing.assert_close(sr[slot : slot + 1], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -186,10 +188,10 @@ def episodes(folder, images, seed, agent=None, num_envs=6, base_steps=4, max_cal
 def test_a_rollout_denoises_every_image_to_its_end_and_pays_the_reward_there(ldm_folder, image_folder):
     torch.manual_seed(0)
     settings = {"gamma": 0.5, "gae_lambda": 1.0, "reward_scale": 1.0}
-    (batch, edits, infos), _ = episodes(ldm_folder, image_folder, seed=0, **settings)
+    (batch, infos), _ = episodes(ldm_folder, image_folder, seed=2, **settings)
     calls = infos["calls"]
     assert len(calls.unique()) > 1  # images of different lengths
-    assert all(len(v) == calls.sum() for v in batch.values()) and all(len(v) == 6 for v in edits.values())
+    assert all(len(v) == calls.sum() for v in batch.values())
     start = 0
     for call in range(1, int(calls.max()) + 1):  # with lambda 1 a return is the reward of the end, discounted
         running = calls >= call
@@ -201,8 +203,8 @@ def test_a_rollout_denoises_every_image_to_its_end_and_pays_the_reward_there(ldm
 def test_the_same_seed_gives_the_same_episodes(ldm_folder, image_folder):
     agent, runs = orl.Agent(torch.ones(3), 8), []
     for seed in (3, 3, 4):
-        (_, edits, infos), _ = episodes(ldm_folder, image_folder, seed, agent)
-        runs.append((infos["reward"], edits["edits"]))
+        (batch, infos), _ = episodes(ldm_folder, image_folder, seed, agent)
+        runs.append((infos["reward"], batch["edits"]))
     assert all(torch.equal(a, b) for a, b in zip(*runs[:2])) and runs[0][0].abs().sum() > 0
     assert runs[0][1].shape != runs[2][1].shape or not torch.equal(runs[0][1], runs[2][1])
 
@@ -213,12 +215,12 @@ def test_a_rollout_without_exploration_is_super_resolve(ldm_folder, image_folder
     agent.editor[-1].bias.data.fill_(0.2)
     agent.logstd.data.fill_(-30), agent.edit_std.fill_(1e-9)
     monkeypatch.setattr(orl, "score", lambda net, sr, target, *rest: hr.append(target) or score(net, sr, target, *rest))
-    (_, _, infos), (mdp, train, _) = episodes(ldm_folder, image_folder, 1, agent)
+    (_, infos), (mdp, train, _) = episodes(ldm_folder, image_folder, 1, agent)
     torch.manual_seed(1)  # the same draws: crops, then noise
     train.crops(6, 32)
-    sr, calls, edit, _ = mdp.super_resolve(orl.downscale(hr[0]), torch.randn(6, 3, 8, 8), agent)
+    sr, calls, steps = mdp.super_resolve(orl.downscale(hr[0]), torch.randn(6, 3, 8, 8), agent)
     expected = score(None, sr, hr[0], calls)
-    assert edit.abs().min() > 0.1 and infos["calls"].tolist() == calls.tolist()
+    assert all(step.edits.abs().min() > 0.1 for step in steps) and infos["calls"].tolist() == calls.tolist()
     torch.testing.assert_close(infos["reward"], expected["reward"], atol=1e-5, rtol=0)
 
 
@@ -247,7 +249,7 @@ def test_the_reward_is_table_1s_sum_of_terms_in_the_unit_interval():
     found = orl.score(Net(), sr, hr, calls)
     quality = 0.4 * found["psnr"] / 50 + 0.3 * found["ssim"]
     torch.testing.assert_close(found["reward"], quality + 0.2 * 0.7 + 0.1 * 0.96)
-    terms = torch.stack([found[f"reward/{k}"] / w for k, w in orl.WEIGHTS.items()])
+    terms = torch.stack([found[f"reward/{k}"] / w for k, w in zip(("psnr", "ssim", "lpips", "efficiency"), orl.Args.reward_weights)])
     assert terms.min() >= 0 and terms.max() <= 1
     without = orl.score(None, sr, hr, calls)
     torch.testing.assert_close(without["reward"], (quality + 0.1 * 0.96) / 0.8)  # renormalised without LPIPS
@@ -260,9 +262,37 @@ def test_a_shift_moves_the_corner_of_lpips_alone():
             return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
 
     (hr, sr), calls = torch.rand(2, 1, 3, 32, 32), torch.tensor([1.0])
-    whole, moved = orl.score(Net(), sr, hr, calls), orl.score(Net(), sr, hr, calls, (3, 7))
+    whole, moved = orl.score(Net(), sr, hr, calls), orl.score(Net(), sr, hr, calls, shift=(3, 7))
     torch.testing.assert_close(moved["lpips"], (sr - hr)[..., 3:, 7:].abs().mean().view(1))
     assert moved["lpips"] != whole["lpips"] and moved["psnr"] == whole["psnr"] and moved["ssim"] == whole["ssim"]
+
+
+def test_the_rewards_weights_are_flags_and_zero_takes_a_term_out():
+    hr = torch.rand(2, 3, 32, 32)
+    sr, calls = (hr + 0.05 * torch.randn_like(hr)).clamp(0, 1), torch.tensor([4.0, 2.0])
+    found = orl.score(None, sr, hr, calls, weights=(1.0, 0.0, 0.5, 0.0))
+    torch.testing.assert_close(found["reward"], found["psnr"] / 50)  # the only term that is left, LPIPS being missing
+    assert orl.tyro.cli(orl.Args, args=["--reward-weights", "0.3", "0.2", "0.4", "0.1"]).reward_weights == (0.3, 0.2, 0.4, 0.1)
+
+
+def test_lpips_in_training_is_of_alexnet_on_the_whole_image_and_of_vgg_on_a_part():
+    seen = []
+
+    class Net(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, a, b, normalize):
+            seen.append((a.shape[-2:], (a - b).abs().max().item()))
+            return torch.full((len(a), 1, 1, 1), self.value)
+
+    hr = torch.arange(96.0 * 80).view(1, 1, 96, 80).expand(2, 3, -1, -1) / 7680
+    sr = (hr + 0.25).clone()
+    mixed = orl.both_lpips(Net(0.2), Net(0.6), 0.25)(sr, hr, normalize=True)
+    torch.testing.assert_close(mixed.flatten(), torch.full((2,), 0.75 * 0.2 + 0.25 * 0.6))
+    sizes = sorted(tuple(shape) for shape, _ in seen)
+    assert sizes == [(64, 64), (96, 80)] and all(error == pytest.approx(0.25, abs=1e-3) for _, error in seen)  # the same part of both
 
 
 @pytest.mark.skipif(not (SHARED / "torch_home").is_dir(), reason="LPIPS's AlexNet is not on this machine")
@@ -302,28 +332,75 @@ def test_weave_sees_a_pattern_that_grid_does_not():
 # ---------------------------------------------------------------- credit
 
 
-def test_the_credits_of_all_cells_sum_to_the_rewards_change_to_first_order(image_folder):
+@pytest.mark.parametrize("base_steps", [1, 3])
+def test_the_credits_of_all_cells_and_calls_sum_to_the_rewards_change_to_first_order(image_folder, base_steps):
     """On the LDM that ships, whose latent is continuous (a VQModel's decoder quantises what it gets)."""
     torch.manual_seed(0)
     agent = orl.Agent(torch.ones(8), 64)
     agent.logstd.data.fill_(-30)
     rewards = []
-    for std in (1e-9, 0.001):  # the same images, actions and noise: what changes is the edit
+    for std in (1e-9, 0.001):  # the same images, actions and noise: what changes is the edits
         agent.edit_std.fill_(std)
-        (_, edits, infos), _ = episodes(ROOT / "runs/ldm_x4", image_folder, 2, agent, 8, base_steps=1)
+        episode = episodes(ROOT / "runs/ldm_x4", image_folder, 2, agent, 8, base_steps=base_steps)
+        (batch, infos), _ = episode
         rewards.append(infos["reward"])
     change = rewards[1] - rewards[0]
-    assert change.abs().max() > 1e-5 and edits["edits"].std() == pytest.approx(0.001, rel=0.1)
-    assert (edits["credits"].sum(dim=(1, 2, 3)) - change).norm() / change.norm() < 0.05
+    assert change.abs().max() > 1e-5 and batch["edits"].std() == pytest.approx(0.001, rel=0.1)
+    credits = batch["credits"].sum(dim=(1, 2, 3)).view(base_steps, 8)  # the calls one after the other
+    assert all(credits.abs().mean(1) > 1e-7)  # of every call
+    assert (credits.sum(0) - change).norm() / change.norm() < 0.05
 
 
-def test_only_an_images_last_step_has_an_edit_whose_maps_are_those_of_that_step(ldm_folder, image_folder):
+def test_an_edit_at_the_first_call_reaches_the_image_through_the_second_alone(tmp_path):
+    mdp = orl.Denoising(pieces(tiny_ldm(tmp_path)), 2, 2)
+    lr, z, told = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16), []
+    predict = mdp.ldm.predict
+
+    class Editing:
+        """Edits the first call alone."""
+
+        def policy(self, maps, numbers):
+            return orl.Normal(torch.zeros(len(maps), 2), 1.0)
+
+        def edit_policy(self, maps, numbers):
+            told.append(maps)
+            return orl.Normal(torch.full((len(maps), 3, 16, 16), 0.5 * (len(told) % 2)), 1.0)
+
+    plain, (edited, _, steps) = mdp.super_resolve(lr, z)[0], mdp.super_resolve(lr, z, Editing())
+    assert not torch.equal(plain, edited)
+    a, b = (alpha.sqrt() for alpha in (mdp.ldm.alphas[steps[1].state.t[0]], 1 - mdp.ldm.alphas[steps[1].state.t[0]]))
+    torch.testing.assert_close(steps[1].state.z, a * (steps[0].state.x0 + 0.5) + b * steps[0].state.noise)
+    # the second call's own clean latent, of that latent, is the image: what the first one edited is in nothing else
+    x0, *_ = predict(steps[1].state.z, steps[1].state.t, lr)
+    torch.testing.assert_close(edited, mdp.finish(x0, lr))
+
+
+def test_every_call_is_credited_with_the_gradient_through_the_calls_after_it():
+    """Against two-sided differences of the reward, with the later edits as they were drawn."""
     torch.manual_seed(0)
-    agent = orl.Agent(torch.ones(3), 8)
-    (batch, edits, infos), _ = episodes(ldm_folder, image_folder, 0, agent)
-    assert len(edits["edits"]) == 6 < len(batch["maps"]) and len(infos["calls"].unique()) > 1
-    last = 2 * (2 * infos["calls"] / 4) - 2  # `observe` gives calls / max_calls in [-2, 2]
-    torch.testing.assert_close(edits["numbers"][:, 1], last)
+    mdp = orl.Denoising(orl.load_ldm(str(ROOT / "runs/ldm_x4"), CPU), 2, 2)
+    mdp.ldm.autocast, hr = FP32, torch.rand(1, 3, 16, 16)
+    hr = torch.nn.functional.interpolate(hr, scale_factor=3, mode="bicubic").clamp(0, 1)[..., :32, :32]
+    lr, z = orl.downscale(hr), torch.randn(1, 8, 8, 8)
+
+    def reward(edits):
+        given = iter(edits)
+        agent = SimpleNamespace(
+            policy=lambda maps, numbers: orl.Normal(torch.zeros(1, 2), 1.0),
+            edit_policy=lambda maps, numbers: orl.Normal(next(given), 1.0),
+        )
+        clean, calls, steps = mdp.denoise(lr, z, agent)
+        return orl.score(None, mdp.finish(clean, lr), hr, calls)["reward"].sum(), [step.edits for step in steps]
+
+    zeros = [torch.zeros(1, 8, 8, 8) for _ in range(2)]
+    value, edits = reward(zeros)
+    gradients = torch.autograd.grad(value, edits)
+    for k, gradient in enumerate(gradients):
+        way = 0.2 * gradient / gradient.norm()
+        with torch.no_grad():
+            below, above = (reward([sign * way if j == k else zeros[j] for j in range(2)])[0] for sign in (-1, 1))
+        assert above - below > 1e-4
+        assert float((gradient * way).sum()) == pytest.approx(float(above - below) / 2, rel=0.05)
 
 
 def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
@@ -348,8 +425,8 @@ def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
             policy = agent.edit_policy(maps, numbers)
             edit = policy.sample()
         credit = orl.cell_credit(-2 * (edit - target) / 1000, edit, policy.mean)  # at a small scale of the reward
-        edits = {"maps": maps, "numbers": numbers, "edits": edit, "logprobs": policy.log_prob(edit), "credits": credit}
-        figures = orl.update(agent, optimizer, steps, edits, args)
+        edits = {"edits": edit, "edit_logprobs": policy.log_prob(edit), "credits": credit}
+        figures = orl.update(agent, optimizer, steps | edits, args)
     assert error() < 0.1
     assert figures["edit_approx_kl"] < 0.2
 
@@ -404,8 +481,7 @@ def test_ppo_solves_a_bandit_whose_best_action_is_known():
     args, agent, target = orl.Args(learning_rate=3e-3), orl.Agent(torch.ones(1), 0), torch.tensor([0.6, -0.4])
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     maps, numbers, detail = torch.zeros(256, 6, 8, 8).half(), torch.full((256, 4), 0.5), torch.zeros(256, 3, 8, 8).half()
-    edits = {"maps": maps[:8], "numbers": numbers[:8]}
-    edits |= {k: torch.zeros(8, 1, 8, 8) for k in ("edits", "logprobs", "credits")}
+    edits = {k: torch.zeros(256, 1, 8, 8) for k in ("edits", "edit_logprobs", "credits")}
     for _ in range(25):
         with torch.no_grad():
             policy, value = agent.policy(maps, numbers), agent.value(maps, numbers, detail)
@@ -416,7 +492,7 @@ def test_ppo_solves_a_bandit_whose_best_action_is_known():
         batch = {"maps": maps, "numbers": numbers, "detail": detail, "actions": action, "values": value}
         batch["matters"] = torch.ones(256, 2)
         batch |= {"logprobs": policy.log_prob(action).sum(1), "advantages": estimates[0][0], "returns": estimates[1][0]}
-        figures = orl.update(agent, optimizer, batch, edits, args)
+        figures = orl.update(agent, optimizer, batch | edits, args)
     assert (agent.policy(maps[:1], numbers[:1]).mean[0] - target).abs().max() < 0.15
     assert figures["approx_kl"] < 0.2
 
@@ -430,8 +506,8 @@ def test_the_agent_learns_on_an_ldm_that_predicts_noise(ldm_folder, image_folder
     optimizer = torch.optim.Adam(agent.parameters(), lr=2e-3)
     agent.edit_std.fill_(0.3)
     for seed in range(24):
-        batch, edits, infos = orl.rollout(mdp, agent, None, train, args, seed)
-        orl.update(agent, optimizer, batch, edits, args)
+        batch, infos = orl.rollout(mdp, agent, None, train, args, seed)
+        orl.update(agent, optimizer, batch, args)
         rewards.append(float(infos["reward"].mean()))
     assert all(math.isfinite(r) for r in rewards)
     assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.005
@@ -441,41 +517,41 @@ def test_the_agent_learns_on_an_ldm_that_predicts_noise(ldm_folder, image_folder
 
 
 def small_batch(n=16, c=2):
-    """Steps and edits of a rollout that never was, of an untrained agent."""
+    """Steps of a rollout that never was, of an untrained agent."""
     torch.manual_seed(0)
     agent, maps, numbers = orl.Agent(torch.ones(c), 4), torch.randn(n, 3 * c + 7, 8, 8).half(), torch.randn(n, 4)
     with torch.no_grad():
         policy, edits = agent.policy(maps, numbers), agent.edit_policy(maps, numbers)
         action, edit = policy.sample(), edits.sample()
-    batch = {"maps": maps[:, : agent.visible], "numbers": numbers, "detail": torch.rand(n, 3, 8, 8).half(), "actions": action}
+    batch = {"maps": maps, "numbers": numbers, "detail": torch.rand(n, 3, 8, 8).half(), "actions": action}
     batch |= {"matters": torch.ones(n, 2), "logprobs": policy.log_prob(action).sum(1), "values": torch.zeros(n)}
     batch |= {"advantages": torch.randn(n), "returns": 100 * torch.randn(n)}
-    edited = {"maps": maps, "numbers": numbers, "edits": edit, "logprobs": edits.log_prob(edit), "credits": torch.randn(n, c, 8, 8)}
-    return agent, batch, edited
+    batch |= {"edits": edit, "edit_logprobs": edits.log_prob(edit), "credits": torch.randn(n, c, 8, 8)}
+    return agent, batch
 
 
 def test_each_network_is_clipped_by_its_own_norm_and_the_actors_spread_with_it():
-    agent, batch, edits = small_batch()
+    agent, batch = small_batch()
     args = orl.Args(num_minibatches=1, update_epochs=1, max_grad_norm=0.01)
     named = dict(agent.named_parameters())
     assert {id(p) for group in agent.groups() for p in group} == {id(p) for p in named.values()}
     assert id(named["logstd"]) in {id(p) for p in agent.groups()[2]}
-    orl.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, edits, args)
+    orl.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, args)
     norms = [torch.stack([p.grad.norm() for p in group]).norm().item() for group in agent.groups()]
     assert norms == pytest.approx([0.01] * 3, rel=0.01)  # one norm for all would leave two of them far smaller
 
 
 def test_what_does_not_matter_moves_nothing():
-    agent, batch, edits = small_batch()
+    agent, batch = small_batch()
     batch["matters"] = torch.zeros(16, 2)
     batch["logprobs"] = torch.zeros(16)
-    orl.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, edits, orl.Args(num_minibatches=1))
+    orl.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, orl.Args(num_minibatches=1))
     assert all(p.grad.abs().max() == 0 for p in agent.actor.parameters())
     assert any(p.grad.abs().max() > 0 for p in agent.critic.parameters())
 
 
 def test_the_detail_that_the_lr_image_lacks_is_the_critics_alone():
-    agent, batch, _ = small_batch()
+    agent, batch = small_batch()
     other = torch.rand(16, 3, 8, 8).half()
     maps, numbers = batch["maps"], batch["numbers"]
     assert not torch.equal(agent.value(maps, numbers, batch["detail"]), agent.value(maps, numbers, other))
@@ -492,9 +568,9 @@ def test_what_a_schedulers_config_does_not_name_is_as_the_class_that_wrote_it_me
     assert ldm.scheduler.config.clip_sample == clips and (ldm.final_alpha == 1) == final
     said = capsys.readouterr().out
     assert (f"as {wrote} means it" in said and "clip_sample" in said) == (wrote != "DDIMScheduler")
-    marks = {ldm.fingerprint()}
+    marks = {ldm.fingerprint}
     file.write_text(json.dumps(named | {"clip_sample": not clips}))
-    marks.add(orl.load_ldm(str(tmp_path), CPU).fingerprint())
+    marks.add(orl.load_ldm(str(tmp_path), CPU).fingerprint)
     assert len(marks) == 2  # an agent belongs to the noise schedule too
     for change in ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"_class_name": ""}, {"thresholding": True}, {"prediction_type": "flow"}):
         file.write_text(json.dumps(named | change))

@@ -70,7 +70,7 @@ def test_a_run_on_synthetic_scenes_writes_events_checkpoint_and_table(trained):
 def test_the_csv_has_the_promised_columns_methods_and_one_line_per_image_and_method(trained):
     with open(trained[0] / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["scene", "image", "method", "psnr", "ssim", "lpips", "vif", "grid", "weave", "lpips_vgg", "calls", "seconds", "lr_psnr"]
+    assert list(rows[0]) == ["scene", "image", "method", "psnr", "ssim", "lpips", "vif", "grid", "weave", "lpips_vgg", "dists", "calls", "seconds", "lr_psnr"]
     methods = {"bicubic", "ldm", "ldm_same_calls", "ldm_consistent", "agent", "autoencoder"}
     assert {r["method"] for r in rows} == methods == set(eval_sr.METHODS) - {"reward_gradient"}
     assert len(rows) == 6 * 2  # one image a scene
@@ -87,24 +87,42 @@ def assert_same(a, b):
     assert all(torch.equal(slot[k], two["state"][i][k]) for i, slot in one["state"].items() for k in slot)
 
 
-PATCHED = """
-import sys, time, tyro, torch, ppo_ldm_sr as orl
-rollout, count = orl.rollout, 0
-def before_the_second(*args):
-    global count
-    count += 1
-    if count == 2:
-        ACTION
-    return rollout(*args)
-orl.rollout = before_the_second
-orl.subprocess.run = lambda *rest, **more: sys.exit(0)  # no table
-orl.main()
-"""
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Trains in this process, without the table, doing `action` before an iteration -> what was said."""
+
+    def training(action, *flags, before=2, code=0):
+        rollout, count = orl.rollout, 0
+
+        def counted(*args):
+            nonlocal count
+            count += 1
+            if count == before:
+                action(*args)
+            return rollout(*args)
+
+        monkeypatch.setattr(orl, "rollout", counted)
+        monkeypatch.setattr(orl.subprocess, "run", lambda *_, **__: sys.exit(0))
+        with pytest.raises(SystemExit) as error:
+            orl.main([str(flag) for flag in flags])
+        monkeypatch.undo()
+        said = capsys.readouterr().out
+        assert (error.value.code or 0) == code, said
+        return said
+
+    return training
 
 
-def train_with(action, folder, *flags, code=0):
-    """A run that does `action` after its first checkpoint, and makes no table."""
-    return run("-c", PATCHED.replace("ACTION", action), "--run-dir", folder, "--total-timesteps", 30, *SMALL, *flags, code=code)
+def unreachable(*_, **__):
+    raise OSError("no network")
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def nothing(*_):
+    pass
 
 
 def test_the_method_file_alone_in_an_empty_folder_trains(tmp_path, ldm_folder, image_folder):
@@ -116,14 +134,15 @@ def test_the_method_file_alone_in_an_empty_folder_trains(tmp_path, ldm_folder, i
     assert (tmp_path / "out/agent.pt").is_file() and list((tmp_path / "out").glob("events.*"))
 
 
-def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(trained, tmp_path, ldm_folder):
+def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(trained, tmp_path, ldm_folder, train):
     """Also: the same seed, in another process, gives the same weights."""
-    folder, flags = tmp_path / "stopped", ("--ldm", ldm_folder, "--dataset", "runs/scenes")
-    said = train_with("raise KeyboardInterrupt", folder, *flags, code=130)
+    folder = tmp_path / "stopped"
+    flags = ("--ldm", ldm_folder, "--dataset", "runs/scenes", "--total-timesteps", 30, *SMALL)
+    said = train(interrupt, "--run-dir", folder, *flags, code=130)
     assert f"--resume {folder}" in said
     state = orl.load_run(folder / "checkpoint.pt")
     assert state["iteration"] == 1 and 16 <= state["step"] <= 24
-    said = run("-c", PATCHED.replace("ACTION", "pass"), "--resume", folder)
+    said = train(nothing, "--resume", folder)
     assert f"step {state['step']} to 30" in said
     assert_same(trained[0], folder)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -152,27 +171,38 @@ def test_what_would_change_a_resumed_run_is_refused(trained, tmp_path, capsys):
     assert "checkpoint.pt is missing" in refused(capsys, orl, "--resume", tmp_path)
 
 
-SPOILED = {
-    "the LDM": "next(args[0].ldm.unet.parameters()).data.fill_(float('inf'))",
-    "the reward": "score = orl.score; orl.score = lambda *a: {k: v * float('nan') for k, v in score(*a).items()}",
-    "the update: lower --learning-rate": "update = orl.update; orl.update = lambda agent, *rest: (update(agent, *rest), agent.logstd.data.fill_(float('nan')))[0]",
-}
+def spoil_the_ldm(mdp, *_):
+    next(mdp.ldm.unet.parameters()).data.fill_(float("inf"))
 
 
-@pytest.mark.parametrize("source", SPOILED)
-def test_nan_stops_the_run_names_its_source_and_leaves_the_last_good_checkpoint(tmp_path, ldm_folder, source):
+def spoil_the_reward(*_, score=orl.score):
+    orl.score = lambda *a: {k: v * float("nan") for k, v in score(*a).items()}
+
+
+def spoil_the_update(*_, update=orl.update):
+    orl.update = lambda agent, *rest: (update(agent, *rest), agent.logstd.data.fill_(float("nan")))[0]
+
+
+@pytest.mark.parametrize("source, spoil", [
+    ("the LDM", spoil_the_ldm), ("the reward", spoil_the_reward), ("the update: lower --learning-rate", spoil_the_update),
+])  # fmt: skip
+def test_nan_stops_the_run_names_its_source_and_leaves_the_last_good_checkpoint(tmp_path, ldm_folder, source, spoil, train, monkeypatch):
+    for name in ("score", "update"):  # put back afterwards
+        monkeypatch.setattr(orl, name, getattr(orl, name))
     folder = tmp_path / "nan"
-    said = train_with(SPOILED[source], folder, "--ldm", ldm_folder, "--dataset", "runs/scenes", code=2)
+    flags = ("--ldm", ldm_folder, "--dataset", "runs/scenes", "--total-timesteps", 30, *SMALL)
+    said = train(spoil, "--run-dir", folder, *flags, code=2)
     assert f"from {source}" in said and str(folder) in said
     state = orl.load_run(folder / "checkpoint.pt")
     assert state["iteration"] == 1 and all(v.isfinite().all() for v in state["agent"].values())
 
 
 @pytest.mark.parametrize("rate", ["1e3", "1e30"])
-def test_a_learning_rate_that_breaks_the_agent_is_named_and_no_broken_checkpoint_is_left(tmp_path, ldm_folder, rate, capsys):
+def test_a_learning_rate_that_breaks_the_agent_is_named_and_no_broken_checkpoint_is_left(tmp_path, ldm_folder, rate, train):
     flags = ("--ldm", ldm_folder, "--dataset", "runs/scenes", "--total-timesteps", 60, *SMALL)
+    flags = ("--run-dir", tmp_path / "wild", "--learning-rate", rate, "--actor-learning-rate", rate, *flags)
     try:
-        said = run("ppo_ldm_sr.py", "--run-dir", tmp_path / "wild", "--learning-rate", rate, "--actor-learning-rate", rate, *flags, code=2)
+        said = train(nothing, *flags, code=2)
         assert "from the update: lower --learning-rate" in said
     except AssertionError:  # 1e3 may also train on, badly: then everything that is written is finite
         assert rate == "1e3"
@@ -180,21 +210,21 @@ def test_a_learning_rate_that_breaks_the_agent_is_named_and_no_broken_checkpoint
     assert not file.is_file() or all(v.isfinite().all() for v in orl.load_run(file)["agent"].values())
 
 
-def test_stopped_before_the_first_checkpoint_the_same_command_begins_again(tmp_path, ldm_folder):
-    folder, flags = tmp_path / "early", ("--ldm", ldm_folder, "--dataset", "runs/scenes")
-    early = PATCHED.replace("count == 2", "count == 1").replace("ACTION", "raise KeyboardInterrupt")
-    said = run("-c", early, "--run-dir", folder, "--total-timesteps", 30, *SMALL, *flags, code=130)
+def test_stopped_before_the_first_checkpoint_the_same_command_begins_again(tmp_path, ldm_folder, train):
+    folder = tmp_path / "early"
+    flags = ("--run-dir", folder, "--ldm", ldm_folder, "--dataset", "runs/scenes", "--total-timesteps", 30, *SMALL)
+    said = train(interrupt, *flags, before=1, code=130)
     assert "nothing was kept" in said and "--resume" not in said and not list(folder.glob("*"))
-    train_with("pass", folder, *flags)
+    train(nothing, *flags)
     assert (folder / "agent.pt").is_file()
 
 
-def test_a_finished_run_goes_on_with_a_larger_budget_and_the_images_that_it_found(trained, tmp_path):
+def test_a_finished_run_goes_on_with_a_larger_budget_and_the_images_that_it_found(trained, tmp_path, train):
     folder = tmp_path / "longer"
     shutil.copytree(trained[0], folder)
     state = orl.load_run(folder / "checkpoint.pt")
     assert state["args"]["dataset"] == "runs/scenes"
-    said = run("-c", PATCHED.replace("count == 2", "False").replace("ACTION", "pass"), "--resume", folder, "--total-timesteps", state["step"] + 5)
+    said = train(nothing, "--resume", folder, "--total-timesteps", state["step"] + 5)
     longer = orl.load_run(folder / "checkpoint.pt")
     assert longer["step"] > state["step"] and f"step {state['step']} to {state['step'] + 5}" in said
     rates = [group["lr"] for group in longer["optimizer"]["param_groups"]]
@@ -202,10 +232,13 @@ def test_a_finished_run_goes_on_with_a_larger_budget_and_the_images_that_it_foun
     assert rates == pytest.approx([1e-3 * left, 1e-3 * left, 3e-4 * left])  # editor, critic; noise and stride
 
 
-def test_what_auto_found_is_what_a_resumed_run_goes_on_with(tmp_path, ldm_folder):
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
-    command = PATCHED.replace("ACTION", "raise KeyboardInterrupt")
-    said = run("-c", command, "--ldm", ldm_folder, "--run-dir", tmp_path / "run", "--total-timesteps", 30, *SMALL, code=130, **offline)
+def test_what_auto_found_is_what_a_resumed_run_goes_on_with(tmp_path, ldm_folder, train, monkeypatch):
+    monkeypatch.setattr(orl.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(orl.huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(orl.datasets, "load_dataset", unreachable)
+    orl.find_images.cache_clear()
+    said = train(interrupt, "--ldm", ldm_folder, "--run-dir", tmp_path / "run", "--total-timesteps", 30, *SMALL, code=130)
+    orl.find_images.cache_clear()
     assert "RESISC45 cannot be reached" in said
     assert orl.load_run(tmp_path / "run/checkpoint.pt")["args"]["dataset"] == "runs/scenes"
 
@@ -267,7 +300,7 @@ def test_the_shipped_agent_keeps_its_gain_over_the_plain_ldm():
     ldm = orl.load_ldm("runs/ldm_x4", device)
     agent, net = eval_sr.load_agent(eval_sr.load_run(ROOT / "runs/orl_ldm"), ldm), orl.load_lpips(device)
     first = [images.labels.index(k) for k in range(8)]
-    rows, _ = eval_sr.measure(eval_sr.Args(crop=128), orl.Denoising(ldm, 3, 5), images, net, agent, None, first)
+    rows, _ = eval_sr.measure(eval_sr.Args(crop=128), orl.Denoising(ldm, 3, 5), images, net, {}, agent, None, first)
     kinds = ("psnr", "ssim", "lpips", "grid", "calls")
     mean = {m: {k: eval_sr.column(rows, m, k).mean() for k in kinds} for m in ("agent", "ldm", "ldm_consistent")}
     agent, plain, same = mean["agent"], mean["ldm"], mean["ldm_consistent"]
@@ -354,7 +387,6 @@ def test_a_whole_iteration_stays_on_its_device_and_seldom_makes_the_host_wait(ld
         monkeypatch.setattr(orl, "has_bf16", lambda device: False)
         off = torch.autocast("cpu", enabled=False)
         monkeypatch.setattr(torch, "autocast", lambda *rest, **more: off)
-        monkeypatch.setitem(orl.CHUNK, "meta", 4)
     args = orl.Args(num_envs=8, crop=64)
     with seen or contextlib.nullcontext():
         ldm = orl.load_ldm(str(ldm_folder), device)
@@ -364,12 +396,12 @@ def test_a_whole_iteration_stays_on_its_device_and_seldom_makes_the_host_wait(ld
         optimizer = torch.optim.Adam([{"params": group} for group in agent.groups()], lr=1e-3, foreach=False)
         assert {p.device.type for p in [*agent.parameters(), *ldm.unet.parameters(), *images.pixels]} == {device.type}
         before = sum((seen.waits if seen else {}).values())
-        batch, edits, infos = orl.rollout(mdp, agent, None, images, args, 0)
+        batch, infos = orl.rollout(mdp, agent, None, images, args, 0)
         rolled = sum((seen.waits if seen else {}).values())
-        losses = orl.update(agent, optimizer, batch, edits, args)
+        losses = orl.update(agent, optimizer, batch, args)
         updated = sum((seen.waits if seen else {}).values())
         orl.evaluate(mdp, images.centres(2, 64), None, agent, 0)
-        assert {v.device.type for v in [*batch.values(), *edits.values(), *infos.values(), *losses.values()]} == {device.type}
+        assert {v.device.type for v in [*batch.values(), *infos.values(), *losses.values()]} == {device.type}
     if seen:
         assert not seen.mixed, seen.mixed
         calls = int(infos["calls"].inner.max())

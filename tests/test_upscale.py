@@ -215,13 +215,14 @@ def test_places_without_a_named_system_world_files_control_points_and_rpcs_are_k
 
 def test_a_mask_stays_a_mask_and_leaves_no_second_file(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("GDAL_TIFF_INTERNAL_MASK", "NO")
-    mask = np.full((40, 52), 255, np.uint8)
+    monkeypatch.setattr(up, "TILE", 48)  # several rows of tiles, one of which has the hole
+    mask = np.full((100, 52), 255, np.uint8)
     mask[5:15, 20:30] = 0
-    raster(tmp_path / "a.tif", pixels(40, 52).transpose(2, 0, 1), **UTM)
+    raster(tmp_path / "a.tif", pixels(100, 52).transpose(2, 0, 1), **UTM)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(tmp_path / "a.tif", "r+") as file:
         file.write_mask(mask)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
-        _, sr = result(tiny, tmp_path / "a.tif", output=str(tmp_path / "out"))
+        _, sr = result(tiny, tmp_path / "a.tif", output=str(tmp_path / "out"), window=32)
     assert ((sr.dataset_mask() > 0) == (mask > 0).repeat(4, 0).repeat(4, 1)).all()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a_sr.tif"]
 
