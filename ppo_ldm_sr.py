@@ -963,6 +963,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         on = f"go on with python ppo_ldm_sr.py --resume {run}" if checkpoint.is_file() else "nothing was kept"
         print(f"\nstopped: {on}")
+        writer.close()  # or it would write its file anew
         if not checkpoint.is_file():  # the same command can begin again
             for file in run.glob("events.*"):
                 file.unlink()

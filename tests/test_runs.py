@@ -306,12 +306,12 @@ def test_the_shipped_agent_keeps_its_gain_over_the_plain_ldm():
     agent, plain, same = mean["agent"], mean["ldm"], mean["ldm_consistent"]
     assert agent["psnr"] > plain["psnr"] + 1 and agent["ssim"] > plain["ssim"] + 0.04 and agent["calls"] <= 5
     if real and agent["lpips"] == agent["lpips"]:  # not NaN
-        assert agent["lpips"] < min(plain["lpips"], same["lpips"] - 0.05) and agent["grid"] < 4
+        assert agent["lpips"] < min(plain["lpips"] + 0.02, same["lpips"] - 0.15) and agent["grid"] < 4
 
 
 def test_pretraining_writes_an_ldm_that_loads_and_goes_on_where_it_stopped(tmp_path, capsys):
     folder = tmp_path / "ldm"
-    flags = ["--dataset", "runs/scenes", "--output", folder, "--crop", "64", "--batch-unet", "8", "--batch-decoder", "4", "--report-images", "1"]
+    flags = ["--dataset", "runs/scenes", "--output", folder, "--crop", "64", "--layers", "1", "--batch-unet", "8", "--batch-decoder", "4", "--report-images", "1"]
     said = run("pretrain_ldm.py", *flags, "--minutes-autoencoder", "0.03", "--minutes-unet", "0.03", "--minutes-decoder", "0.03")
     assert "plain DDIM, 100 step(s)" in said and "PCA of 4 x 4 patches, 8 channels" in said and "grid |" in said
     first = json.loads((folder / "training.json").read_text())
