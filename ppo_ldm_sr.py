@@ -515,8 +515,7 @@ class Step:
     matters: torch.Tensor  # (k, 2) whether each number can change anything: the last step keeps no noise
     logprobs: torch.Tensor  # (k,) of the numbers that matter
     edits: torch.Tensor  # (k, c, h, w)
-    edit_means: torch.Tensor  # (k, c, h, w)
-    edit_logprobs: torch.Tensor  # (k, c, h, w)
+    edit_policy: Normal  # (k, c, h, w) of which they are drawn, or the mean
 
 
 class Denoising:
@@ -578,14 +577,13 @@ class Denoising:
             maps, numbers = self.observe(s)
             with torch.no_grad():
                 policy = agent.policy(maps, numbers) if agent else Normal(z.new_zeros(len(slots), 2), 1.0)
-                editing = agent.edit_policy(maps, numbers) if agent else Normal(torch.zeros_like(s.x0), 1.0)
-                action, edit = (p.sample() if sample else p.mean for p in (policy, editing))
-                edit_logprob = editing.log_prob(edit)
+                edit_policy = agent.edit_policy(maps, numbers) if agent else Normal(torch.zeros_like(s.x0), 1.0)
+                action, edit = (p.sample() if sample else p.mean for p in (policy, edit_policy))
             edit.requires_grad_(torch.is_grad_enabled())
             z, position, done = self.advance(s, action, edit)
             matters = torch.stack([~done, s.calls < self.max_calls], dim=1)
             logprob = (policy.log_prob(action) * matters).sum(1)
-            steps.append(Step(slots, s, maps, numbers, action, matters, logprob, edit, editing.mean, edit_logprob))
+            steps.append(Step(slots, s, maps, numbers, action, matters, logprob, edit, edit_policy))
             clean, calls = clean.index_copy(0, slots, z), calls.index_copy(0, slots, s.calls)
             go = (~done).nonzero().squeeze(1)  # images that have ended cost no more calls
             if not len(go):
@@ -734,9 +732,11 @@ def rollout(mdp: Denoising, agent: Agent, net: nn.Module | None, images: Images,
 
     with torch.no_grad():
         infos = {k: v.detach() for k, v in infos.items()}
-        names = ("maps", "numbers", "actions", "matters", "logprobs", "edits", "edit_logprobs")
+        names = ("maps", "numbers", "actions", "matters", "logprobs", "edits")
         batch = {k: torch.cat([getattr(s, k) for s in steps]).detach() for k in names}
-        batch["credits"] = cell_credit(torch.cat(gradients), batch["edits"], torch.cat([s.edit_means for s in steps]))
+        batch["edit_logprobs"] = torch.cat([s.edit_policy.log_prob(s.edits) for s in steps])
+        means = torch.cat([s.edit_policy.mean for s in steps])
+        batch["credits"] = cell_credit(torch.cat(gradients), batch["edits"], means)
         # choice: in training the critic also sees what the LR image lacks (asymmetric actor-critic, arXiv 1710.06542)
         detail = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt().half()  # (n, 3, h, w)
         batch["detail"] = torch.cat([detail[s.slots] for s in steps])
@@ -798,13 +798,13 @@ def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
 EVALUATED = ("psnr", "ssim", "lpips", "calls", "reward")  # figures of the curves
 
 
-def evaluate(mdp: Denoising, hr, net, agent, seed: int, consistent=True, weights=Args.reward_weights) -> dict:
+def evaluate(mdp: Denoising, hr, net, agent, seed: int, weights=Args.reward_weights) -> dict:
     """HR (n, 3, H, W) in [0, 1] -> what `score` says of its super-resolved images, (n,) each."""
     parts = []
     for part in hr.split(16):
         lr, first = downscale(part), sum(len(found["psnr"]) for found in parts)
         z = noise_for(mdp.ldm, range(first, first + len(part)), *lr.shape[-2:], seed)
-        sr, calls, _ = mdp.super_resolve(lr, z, agent, consistent)
+        sr, calls, _ = mdp.super_resolve(lr, z, agent)
         parts.append(score(net, sr, part, calls.float(), weights))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
@@ -906,9 +906,9 @@ def main(argv: list[str] | None = None) -> None:
         writer = SummaryWriter(run, purge_step=step + 1 if step else None)
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
         hr = test.centres(args.eval_images, args.crop)  # (n, 3, crop, crop)
-        plain = evaluate(mdp, hr, net, None, args.seed, weights=args.reward_weights)
+        plain = evaluate(mdp, hr, net, None, args.seed, args.reward_weights)
         if not step:  # where the curves begin
-            found = evaluate(mdp, hr, net, agent, args.seed, weights=args.reward_weights)
+            found = evaluate(mdp, hr, net, agent, args.seed, args.reward_weights)
             for k in EVALUATED:
                 writer.add_scalar(f"eval/{k}_agent", found[k].mean(), 0)
         content = {"args": vars(args), "ldm": ldm.fingerprint, "title": train.title}
@@ -944,7 +944,7 @@ def main(argv: list[str] | None = None) -> None:
             log["policy/edit"], log["policy/edit_std"] = batch["edits"].abs(), agent.edit_std
             evaluated = step >= args.total_timesteps or iteration % args.eval_every == 0
             if evaluated:
-                found = evaluate(mdp, hr, net, agent, args.seed, weights=args.reward_weights)
+                found = evaluate(mdp, hr, net, agent, args.seed, args.reward_weights)
                 for k in EVALUATED:
                     log[f"eval/{k}_plain"], log[f"eval/{k}_agent"] = plain[k], found[k]
             log = dict(zip(log, torch.stack([value.float().mean() for value in log.values()]).tolist()))  # one copy

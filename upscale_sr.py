@@ -348,13 +348,14 @@ def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: i
     bottom = 4 * scene.height if last == upscaler.num_rows else 4 * (last * upscaler.step - EDGE)
     half = part.with_name(part.name + ".half")
     with rasterio.open(half, "w", **profile_of(scene, bottom - top)) as target:
-        holes = MaskFlags.per_dataset in scene.source.mask_flag_enums[0] and scene.palette is None and not scene.alpha
+        masked = MaskFlags.per_dataset in scene.source.mask_flag_enums[0] and scene.palette is None and not scene.alpha
+        masked = masked and np.issubdtype(scene.dtype, np.integer)  # a float's hole is NaN
         for start, strip in strips:
             for k in range(0, strip.shape[1], WRITTEN):
                 values, valid = encode(scene, start + k, strip[:, k : k + WRITTEN])
                 window = Window(0, start + k - top, values.shape[2], values.shape[1])
                 target.write(values, window=window)
-                if holes and np.issubdtype(scene.dtype, np.integer):  # of every row: one that is not written is a hole
+                if masked:  # every row: one that is not written is a hole
                     target.write_mask(valid, window=window)
             del strip
             bar.update(1)

@@ -96,14 +96,15 @@ def main(args: Args) -> None:
             sr = method(lr, z) if method else ldm.decode(ldm.encode(hr))
             seconds = (time.perf_counter() - began) / len(part)
             row = eval_sr.judge_all(net, judges, sr, hr, torch.zeros(len(part)))
-            row["consistent"] = orl.score(None, orl.make_consistent(sr, lr), hr, torch.zeros(len(part)))["psnr"]
+            consistent = orl.make_consistent(sr, lr)
+            row["consistent"] = orl.score(None, consistent, hr, torch.zeros(len(part)))["psnr"]
             row["weave"], row["seconds"] = row["weave"] - eval_sr.weave(hr), torch.full((len(part),), seconds)
             found.setdefault(name, []).append(row)
             if name in ("LDM before, 1 call(s)", "plain LDM, 1 call(s)", "DAT-light", "LDM with RL"):
                 for j, i in enumerate(part):
                     line = shown.setdefault(images.scenes[images.labels[i]], {"index": i, "hr": hr[j : j + 1], "panels": {}})
                     if line["index"] == i:
-                        line["panels"][name] = orl.make_consistent(sr[j : j + 1], lr[j : j + 1]), f"{row['consistent'][j]:.2f} dB"
+                        line["panels"][name] = consistent[j : j + 1], f"{row['consistent'][j]:.2f} dB"
     columns = {"psnr": 2, "consistent": 2, "ssim": 3, "lpips": 3, "dists": 3, "lpips_vgg": 3, "vif": 3, "grid": 1, "weave": 3, "seconds": 3}
     header = ["method", "PSNR (dB)", "consistent", "SSIM", "LPIPS", "DISTS", "LPIPS-VGG", "VIF", "grid", "weave less HR's", "s/image"]
     lines = []

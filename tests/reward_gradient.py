@@ -3,8 +3,9 @@
     python tests/reward_gradient.py --agent runs/orl_ldm --dataset data/paper8 --minutes 10
 
 It follows the plain LDM's steps (no noise scale, no stride: the number of calls has no gradient) and edits the clean
-latent of every call; the gradient leads through the later calls, though not through what they make the editor do. Writes reward_gradient.pt and the curve of its held-out reward (reward_gradient/events.*, over denoiser
-calls) into the run folder of the agent that it is compared with; eval_sr.py then shows a row and a line.
+latent of every call; the gradient leads through the later calls, though not through what they make the editor do.
+Writes reward_gradient.pt and the curve of its held-out reward (reward_gradient/events.*, over denoiser calls) into the
+run folder of the agent that it is compared with; eval_sr.py then shows a row and a line.
 """
 
 import sys

@@ -15,7 +15,7 @@ import hub
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, tiny_ldm
+from conftest import ROOT, SHARED, tiny_ldm, unreachable
 from PIL import Image
 
 import eval_sr
@@ -412,10 +412,6 @@ def test_a_wrong_file_of_alexnets_name_is_refused(tmp_path, monkeypatch, capsys)
     file.write_bytes(b"not a file of torch")
     with stops_with(capsys, file.parent, "delete it"):
         orl.load_lpips(CPU)
-
-
-def unreachable(*_, **__):
-    raise OSError("no network")
 
 
 def test_without_any_source_lpips_is_left_out_and_said(tmp_path, monkeypatch, capsys):

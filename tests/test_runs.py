@@ -14,7 +14,7 @@ import pytest
 import rehearsal
 import torch
 import tyro
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, unreachable
 
 import eval_sr
 import ppo_ldm_sr as orl
@@ -111,10 +111,6 @@ def train(monkeypatch, capsys):
         return said
 
     return training
-
-
-def unreachable(*_, **__):
-    raise OSError("no network")
 
 
 def interrupt(*_):
