@@ -6,7 +6,8 @@
 Every method sees the same images and the same noise. `bicubic` is the floor, `autoencoder` (the HR image encoded and
 decoded) the ceiling; `ldm` is the plain LDM at 100 steps, `ldm_same_calls` with as many calls as the agent spends on
 the image, `ldm_consistent` the same with the consistency that every steered image gets, `agent` the LDM steered by the
-agent, `reward_gradient` the same actor trained by the reward's own gradient (tests/reward_gradient.py).
+agent, `reward_gradient` the same editor trained by the reward's own gradient (tests/reward_gradient.py). --front adds
+agents that were trained under other reward weights.
 """
 
 import math
@@ -56,6 +57,7 @@ class Args:
     # the agent
     agent: str = "runs/orl_ldm"  # run folder of the agent
     ldm: str | None = None  # LDM that the agent was trained with (None: as its run folder says)
+    front: tuple[str, ...] = ()  # run folders of agents for the same LDM under other reward weights: rows, and a line
     output: str | None = None  # folder to write to (None: the run folder or NAME_on_IMAGES)
     batch_size: int = 16  # images denoised at once
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
@@ -139,8 +141,9 @@ def judge_all(net, judges: dict, sr: torch.Tensor, hr: torch.Tensor, calls: torc
     return found | {name: judges[name](sr, hr) if judges else unknown for name in ("lpips_vgg", "dists")}
 
 
-def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
-    """One batch by every method -> {method: (SR, calls (n,), seconds per image)}, the agent's steps."""
+def super_resolve_all(mdp: Denoising, lr, hr, z, agent, others: dict):
+    """One batch by every method, other agents among them -> {method: (SR, calls (n,), seconds per image)}, the agent's
+    steps."""
     results, n, clock = {}, len(lr), time.perf_counter()
 
     def lap(method: str, sr: torch.Tensor, calls: torch.Tensor) -> None:
@@ -161,14 +164,14 @@ def super_resolve_all(mdp: Denoising, lr, hr, z, agent, rival):
         same[group] = Denoising(mdp.ldm, k, k).super_resolve(lr[group], z[group], consistent=False)[0]
     lap("ldm_same_calls", same, calls)
     results["ldm_consistent"] = (orl.make_consistent(same, lr), *results["ldm_same_calls"][1:])
-    if rival is not None:
-        lap("reward_gradient", *mdp.super_resolve(lr, z, rival)[:2])
+    for method, other in others.items():
+        lap(method, *mdp.super_resolve(lr, z, other)[:2])
     lap("autoencoder", mdp.ldm.decode(mdp.ldm.encode(hr)), none)
     return results, steps
 
 
 @torch.inference_mode()
-def measure(args: Args, mdp: Denoising, images: orl.Images, net, judges, agent, rival, indices):
+def measure(args: Args, mdp: Denoising, images: orl.Images, net, judges, agent, others: dict, indices):
     """Every method on every image -> a table of COLUMNS, reward and the image's index, a row for each image and method,
     in which the plain LDM's rows also hold its SR (3, H, W) in [0, 1], in float16; the agent's decisions."""
     rows, decisions, by_size = [], [], {}
@@ -179,7 +182,7 @@ def measure(args: Args, mdp: Denoising, images: orl.Images, net, judges, agent, 
         hr = torch.stack([images.centre(i, 4 * mdp.ldm.stride, args.crop) for i in part])
         lr = downscale(hr)
         z = noise_for(mdp.ldm, part, *lr.shape[-2:], args.seed)
-        results, steps = super_resolve_all(mdp, lr, hr, z, agent, rival)
+        results, steps = super_resolve_all(mdp, lr, hr, z, agent, others)
         for method, (sr, calls, seconds) in results.items():
             found = judge_all(net, judges, sr, hr, calls)
             per_image = {"data_range": (0.0, 1.0), "reduction": "none", "dim": (1, 2, 3)}
@@ -220,9 +223,16 @@ def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
 
 
+def names_of(rows: pd.DataFrame) -> dict[str, str]:
+    """{method: what tables and pictures call it}; agents of --front, which come last, by folder and reward weights."""
+    found = rows["method"].unique().tolist()
+    ours = {method: name for method, name in METHODS.items() if method in found}
+    return ours | {method: f"LDM with RL, {method}" for method in found if method not in METHODS}
+
+
 def table(rows: pd.DataFrame, decisions: list[dict], scenes: list[str], title: str) -> str:
     """Markdown: the paper's Table 2, every method over all images, the agent's gains, what it does at each call."""
-    methods = [m for m in METHODS if m in set(rows["method"])]
+    methods = names_of(rows)
     scenes = [scene for scene in scenes if len(column(rows, "agent", "psnr", scene))]
     lines = []
     for scene in [*scenes, None]:
@@ -242,7 +252,7 @@ def table(rows: pd.DataFrame, decisions: list[dict], scenes: list[str], title: s
         lines = []
         for m in methods:
             means = {k: number(column(rows, m, k, scene).mean(), DIGITS.get(k, 4)) for k in keys}
-            lines.append([METHODS[m], *(means | {"reward": ""} if m in ("bicubic", "autoencoder") else means).values()])
+            lines.append([methods[m], *(means | {"reward": ""} if m in ("bicubic", "autoencoder") else means).values()])
         text += ["", f"## Every method, {scene or 'all images'}", "", *markdown(header, lines)]
     lines = []
     for m in [m for m in methods if m not in ("agent", "autoencoder")]:
@@ -252,7 +262,7 @@ def table(rows: pd.DataFrame, decisions: list[dict], scenes: list[str], title: s
             low, high = interval(gain)
             share = f"{100 * (sign * gain > 0).mean():.0f}%"
             cells.append("n/a" if np.isnan(gain).any() else f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}], {share}")
-        lines.append([METHODS[m], *cells])
+        lines.append([methods[m], *cells])
     text += ["", "## What the agent gains, over all images", ""]
     text += ["Mean difference, its 95% interval by paired bootstrap over images, share of images that improve.", ""]
     text += markdown(["agent against", "PSNR (dB)", "SSIM", "LPIPS", "VIF", "reward"], lines)
@@ -322,10 +332,17 @@ def plane(path: Path, rows: pd.DataFrame, frontier: pd.DataFrame, title: str) ->
         for calls, point in frontier.iterrows():
             at = point["psnr"], point[key]
             ax.annotate(str(calls), at, textcoords="offset points", xytext=(4, 4), fontsize=7, color="0.4")
-        for (method, label), marker in zip(METHODS.items(), "sxxD*o^"):
-            if method in ("bicubic", "ldm_consistent", "agent", "reward_gradient") and method in set(rows["method"]):
-                at = column(rows, method, "psnr").mean(), column(rows, method, key).mean()
-                ax.plot(*at, marker, markersize=14 if method == "agent" else 7, label=label, linestyle="none")
+        means = {m: (column(rows, m, "psnr").mean(), column(rows, m, key).mean()) for m in names_of(rows)}
+        for method, marker in {"bicubic": "s", "ldm_consistent": "D", "reward_gradient": "o", "agent": "*"}.items():
+            if method in means:
+                size = 14 if method == "agent" else 7
+                ax.plot(*means[method], marker, markersize=size, label=METHODS[method], linestyle="none")
+        front = {m: at for m, at in means.items() if m not in METHODS}
+        for method, at in front.items():
+            ax.annotate(method, at, textcoords="offset points", xytext=(6, -10), fontsize=7)
+        if front:
+            line = sorted([means["agent"], *front.values()])
+            ax.plot(*zip(*line), "*-", color="C3", zorder=1, label="LDM with RL, by reward weights")
         ax.invert_yaxis()
         ax.set(xlabel="PSNR (dB): less distortion to the right", ylabel=f"{key.upper()}: closer to the eye upwards")
         ax.grid(alpha=0.3), ax.legend(frameon=False, fontsize=8)
@@ -465,9 +482,14 @@ def main(args: Args) -> None:
     output = Path(args.output or (run if images.title == state["title"] else f"{run}_on_{slug}"))
     try:
         output.mkdir(parents=True, exist_ok=True)
-        rival = run / "reward_gradient.pt"
-        rival = load_agent(orl.load_run(rival), ldm) if rival.is_file() else None
-        rows, decisions = measure(args, mdp, images, net, judges, agent, rival, indices)
+        rival, others = run / "reward_gradient.pt", {}
+        if rival.is_file():
+            others["reward_gradient"] = load_agent(orl.load_run(rival), ldm)
+        for folder in args.front:
+            other = load_run(orl.locate(folder))
+            weights = " ".join(f"{weight:g}" for weight in other["args"]["reward_weights"])
+            others[f"{Path(folder).name} ({weights})"] = load_agent(other, ldm)
+        rows, decisions = measure(args, mdp, images, net, judges, agent, others, indices)
         size = f"centre {args.crop} px" if args.crop else "whole images"
         title = f"{images.title}, {args.split} split, {len(indices)} images ({size}), LDM {ldm_name}, agent {run}"
         text = table(rows, decisions, images.scenes, title)

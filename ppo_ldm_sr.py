@@ -63,6 +63,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     run_dir: str | None = None  # run folder (None: runs/{images}__orl_ldm__{seed}__{time})
     resume: str | None = None  # run folder to go on with, under its own settings and images
+    agent: str | None = None  # run folder whose agent trains on, for other images, LDM or reward (None: a new agent)
     # images and models
     dataset: str = "auto"  # image folder, Hub name, or auto: timm/resisc45, and without it the synthetic scenes
     scenes: tuple[str, ...] = ()  # scenes to train on (none named: the paper's eight)
@@ -569,8 +570,8 @@ class Denoising:
 
     def denoise(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, sample: bool = False):
         """A batch to its end: LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w), agent (None: the plain LDM), whose
-        actions are drawn or the mean -> clean latents (n, c, h, w), calls (n,), Steps. Where gradients are on, they
-        lead from the clean latents to the edits of all calls, each a leaf."""
+        actions are drawn or the mean -> clean latents (n, c, h, w), calls (n,), the agent's Steps. Where gradients are
+        on, they lead from the clean latents to the edits of all calls, each a leaf."""
         s, slots, steps = self.start(lr, z), torch.arange(len(lr), device=lr.device), []
         clean, calls = torch.zeros_like(z), torch.zeros_like(s.calls)
         while True:
@@ -583,7 +584,8 @@ class Denoising:
             z, position, done = self.advance(s, action, edit)
             matters = torch.stack([~done, s.calls < self.max_calls], dim=1)
             logprob = (policy.log_prob(action) * matters).sum(1)
-            steps.append(Step(slots, s, maps, numbers, action, matters, logprob, edit, edit_policy))
+            if agent:  # a hundred plain calls would be gigabytes
+                steps.append(Step(slots, s, maps, numbers, action, matters, logprob, edit, edit_policy))
             clean, calls = clean.index_copy(0, slots, z), calls.index_copy(0, slots, s.calls)
             go = (~done).nonzero().squeeze(1)  # images that have ended cost no more calls
             if not len(go):
@@ -875,6 +877,7 @@ def main(argv: list[str] | None = None) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"device: {name}, LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}")
     torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed; everything random comes from torch
+    start = saved or (load_run(locate(args.agent) / "agent.pt") if args.agent else {})
 
     # ---- frozen LDM, images, reward, environment, agent
     ldm = load_ldm(args.ldm, device)
@@ -894,8 +897,16 @@ def main(argv: list[str] | None = None) -> None:
     agent = Agent(spread, ldm.hidden_channels).to(device)
     rates = (args.learning_rate, args.learning_rate, args.actor_learning_rate)
     optimizer = torch.optim.Adam([{"params": group} for group in agent.groups()], eps=1e-5)
+    if start:
+        try:
+            agent.load_state_dict(start["agent"])
+        except RuntimeError:
+            stop(f"--agent {args.agent}: it is made for an LDM of other channels; leave the flag out")
     if saved:
-        agent.load_state_dict(saved["agent"]), optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])
+    elif start:
+        of = "this LDM" if start["ldm"] == ldm.fingerprint else "another LDM"
+        print(f"agent: begins as {args.agent}'s, trained for {start['step']} steps on {start['title']} and {of}")
 
     # ---- run folder and log
     step, iteration, title = saved.get("step", 0), saved.get("iteration", 0), re.sub(r"[ /]", "_", train.title)

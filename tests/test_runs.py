@@ -14,7 +14,7 @@ import pytest
 import rehearsal
 import torch
 import tyro
-from conftest import ROOT, SHARED, unreachable
+from conftest import ROOT, SHARED, tiny_ldm, unreachable
 
 import eval_sr
 import ppo_ldm_sr as orl
@@ -228,6 +228,28 @@ def test_a_finished_run_goes_on_with_a_larger_budget_and_the_images_that_it_foun
     assert rates == pytest.approx([1e-3 * left, 1e-3 * left, 3e-4 * left])  # editor, critic; noise and stride
 
 
+def test_a_new_run_begins_with_the_agent_of_another_and_both_stand_in_one_table(trained, tmp_path, ldm_folder, image_folder, train, capsys):
+    folder, began = tmp_path / "sharper", []
+    flags = ("--ldm", ldm_folder, "--dataset", image_folder, "--run-dir", folder, "--total-timesteps", 10, *SMALL)
+    flags += ("--reward-weights", 0.3, 0.2, 0.4, 0.1, "--agent", trained[0])
+
+    def look(mdp, agent, *_):
+        began.append({k: v.clone() for k, v in agent.state_dict().items()})
+
+    said = train(look, *flags, before=1)
+    step, first = orl.load_run(trained[0] / "agent.pt")["step"], orl.load_run(trained[0] / "agent.pt")["agent"]
+    assert f"begins as {trained[0]}'s, trained for {step} steps on synthetic scenes and this LDM" in said
+    assert all(torch.equal(v, first[k]) for k, v in began[0].items() if k != "edit_std")  # which is the new run's
+    assert not torch.equal(orl.load_run(folder / "agent.pt")["agent"]["editor.0.weight"], first["editor.0.weight"])
+    args = eval_sr.Args(str(trained[0]), front=(str(folder),), scenes=("river",), limit=1, output=str(tmp_path / "out"))
+    eval_sr.main(args)
+    assert "| LDM with RL, sharper (0.3 0.2 0.4 0.1) |" in capsys.readouterr().out
+    tiny_ldm(tmp_path / "other", latent_channels=4)
+    other = ("--ldm", tmp_path / "other", "--agent", trained[0], "--dataset", image_folder, *SMALL, "--run-dir", tmp_path / "never")
+    assert "made for an LDM of other channels" in refused(capsys, orl, *other) and not (tmp_path / "never").exists()
+    assert "is missing or damaged" in refused(capsys, orl, "--agent", tmp_path)
+
+
 def test_what_auto_found_is_what_a_resumed_run_goes_on_with(tmp_path, ldm_folder, train, monkeypatch):
     monkeypatch.setattr(orl.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(orl.huggingface_hub.HfApi, "dataset_info", unreachable)
@@ -296,7 +318,7 @@ def test_the_shipped_agent_keeps_its_gain_over_the_plain_ldm():
     ldm = orl.load_ldm("runs/ldm_x4", device)
     agent, net = eval_sr.load_agent(eval_sr.load_run(ROOT / "runs/orl_ldm"), ldm), orl.load_lpips(device)
     first = [images.labels.index(k) for k in range(8)]
-    rows, _ = eval_sr.measure(eval_sr.Args(crop=128), orl.Denoising(ldm, 3, 5), images, net, {}, agent, None, first)
+    rows, _ = eval_sr.measure(eval_sr.Args(crop=128), orl.Denoising(ldm, 3, 5), images, net, {}, agent, {}, first)
     kinds = ("psnr", "ssim", "lpips", "grid", "calls")
     mean = {m: {k: eval_sr.column(rows, m, k).mean() for k in kinds} for m in ("agent", "ldm", "ldm_consistent")}
     agent, plain, same = mean["agent"], mean["ldm"], mean["ldm_consistent"]
