@@ -283,6 +283,12 @@ def profile_of(scene: Scene, height: int) -> dict:
             "compress": "deflate", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
 
 
+def has_mask(scene: Scene) -> bool:
+    """Whether a mask tells its holes, for want of a value, NaN or alpha that does."""
+    masked = MaskFlags.per_dataset in scene.source.mask_flag_enums[0] and scene.palette is None and not scene.alpha
+    return masked and np.issubdtype(scene.dtype, np.integer)
+
+
 def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """SR rows from `top` on, [0, 1] from black to white -> (bands, rows, 4 width) of the scene's type, their mask."""
     low, high = scene.scale
@@ -348,14 +354,12 @@ def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: i
     bottom = 4 * scene.height if last == upscaler.num_rows else 4 * (last * upscaler.step - EDGE)
     half = part.with_name(part.name + ".half")
     with rasterio.open(half, "w", **profile_of(scene, bottom - top)) as target:
-        masked = MaskFlags.per_dataset in scene.source.mask_flag_enums[0] and scene.palette is None and not scene.alpha
-        masked = masked and np.issubdtype(scene.dtype, np.integer)  # a float's hole is NaN
         for start, strip in strips:
             for k in range(0, strip.shape[1], WRITTEN):
                 values, valid = encode(scene, start + k, strip[:, k : k + WRITTEN])
                 window = Window(0, start + k - top, values.shape[2], values.shape[1])
                 target.write(values, window=window)
-                if masked:  # every row: one that is not written is a hole
+                if has_mask(scene):  # every row: one that is not written is a hole
                     target.write_mask(valid, window=window)
             del strip
             bar.update(1)
@@ -385,12 +389,11 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
         kept = describe(scene, file)
         for part in parts:
             with rasterio.open(part) as source:
-                masked = MaskFlags.per_dataset in source.mask_flag_enums[0] and not scene.alpha
                 for first in range(0, source.height, 512):
                     window = Window(0, first, source.width, min(512, source.height - first))
                     place = Window(0, at + first, source.width, window.height)
                     file.write(source.read(window=window), window=place)
-                    if masked:
+                    if has_mask(scene):
                         file.write_mask(source.dataset_mask(window=window), window=place)
                 at += source.height
     os.replace(half, target)
@@ -399,25 +402,29 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
 
 def write_vrt(scene: Scene, parts: list[Path], target: Path) -> list[str]:
     """The parts of several processes as one image, a VRT: no two of them ever write one file."""
-    count, at, width = scene.count + bool(scene.alpha), 0, 4 * scene.width
-    sources = ["" for _ in range(count)]
+    at, width = 0, 4 * scene.width
+    bands = [str(band) for band in range(1, scene.count + bool(scene.alpha) + 1)] + ["mask,1"] * has_mask(scene)
+    sources = dict.fromkeys(bands, "")
     kind = "Byte" if scene.dtype == "uint8" else scene.dtype.capitalize().replace("Uint", "UInt")
     for part in parts:
         with rasterio.open(part) as source:
             height = source.height
-        for band in range(count):
+        for band in bands:
             name = f"{part.parent.name}/{part.name}"
             sources[band] += (
                 f'<SimpleSource><SourceFilename relativeToVRT="1">{name}</SourceFilename>'
-                f"<SourceBand>{band + 1}</SourceBand>"
+                f"<SourceBand>{band}</SourceBand>"
                 f'<SrcRect xOff="0" yOff="0" xSize="{width}" ySize="{height}"/>'
                 f'<DstRect xOff="0" yOff="{at}" xSize="{width}" ySize="{height}"/></SimpleSource>'
             )
         at += height
     hole = "" if scene.source.nodata is None else f"<NoDataValue>{scene.source.nodata}</NoDataValue>"
     text = f'<VRTDataset rasterXSize="{width}" rasterYSize="{at}">'
-    for band, inside in enumerate(sources, 1):
-        text += f'<VRTRasterBand dataType="{kind}" band="{band}">{hole}{inside}</VRTRasterBand>'
+    for band, inside in sources.items():
+        if band == "mask,1":
+            text += f'<MaskBand><VRTRasterBand dataType="Byte">{inside}</VRTRasterBand></MaskBand>'
+        else:
+            text += f'<VRTRasterBand dataType="{kind}" band="{band}">{hole}{inside}</VRTRasterBand>'
     half = target.with_name(f"{target.stem}.{os.getpid()}.half.vrt")
     half.write_text(text + "</VRTDataset>", encoding="utf-8")
     with rasterio.open(half, "r+") as file:

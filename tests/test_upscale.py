@@ -223,7 +223,12 @@ def test_a_mask_stays_a_mask_and_leaves_no_second_file(tiny, tmp_path, monkeypat
         file.write_mask(mask)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
         _, sr = result(tiny, tmp_path / "a.tif", output=str(tmp_path / "out"), window=32)
-    assert ((sr.dataset_mask() > 0) == (mask > 0).repeat(4, 0).repeat(4, 1)).all()
+        args = up.Args(paths=(), output=str(tmp_path / "parts"), window=32)
+        up.super_resolve_file(args, tmp_path / "a.tif", tmp_path / "parts/a_sr", *tiny, 0, 2)
+        _, joined = result(tiny, tmp_path / "a.tif", share=(1, 2), output=str(tmp_path / "parts"), window=32)
+    assert joined.name.endswith(".vrt") and (joined.read() == sr.read()).all()
+    for file in (sr, joined):
+        assert ((file.dataset_mask() > 0) == (mask > 0).repeat(4, 0).repeat(4, 1)).all()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a_sr.tif"]
 
 
