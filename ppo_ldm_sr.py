@@ -31,6 +31,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -109,6 +110,7 @@ def locate(path: str) -> Path:
 
 # ------------------------------------------------------------------------------------------------ images
 # paper: Table 2
+LEAST_CROP = 48  # px of a side that LPIPS and VIF need
 PAPER_SCENES = "commercial_area dense_residential desert forest industrial_area railway_station river runway".split()
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
@@ -276,7 +278,7 @@ def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int
             try:
                 pixels = read_image(content)
                 if min(pixels.shape[1:]) < min_side:
-                    raise ValueError(f"a side below {min_side} px: a smaller --crop takes it")
+                    raise ValueError(f"a side below {min_side} px; --crop can be as small as {LEAST_CROP}")
                 images.pixels.append(pixels.to(device)), images.labels.append(k), images.files.append(file)
             except Exception as error:  # whatever a broken file raises, it is one image less
                 skipped.append(f"{scene}/{file} ({error})")
@@ -852,8 +854,8 @@ def read_args(argv: list[str] | None) -> tuple[Args, dict]:
         on = "go on with --resume or name another" if Path(args.run_dir, "checkpoint.pt").is_file() else "name another"
         stop(f"--run-dir {args.run_dir}: the folder exists; {on}")
     least = {"total_timesteps": 1, "base_steps": 1, "max_calls": 1, "eval_images": 0, "eval_every": 1, "seed": 0}
-    # LPIPS and VIF need 48 px; two images are needed for the spread of a minibatch's advantages
-    least |= {"crop": 48, "num_minibatches": 1, "update_epochs": 1, "num_envs": 2 * args.num_minibatches}
+    # two images are needed for the spread of a minibatch's advantages
+    least |= {"crop": LEAST_CROP, "num_minibatches": 1, "update_epochs": 1, "num_envs": 2 * args.num_minibatches}
     least |= {"vgg_share": 0}
     most = {"base_steps": 1000, "seed": 2**40, "vgg_share": 1}  # timesteps of the U-Net; 64 bits after scaling
     for name, low in least.items():
@@ -972,8 +974,8 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str(f"return {log['charts/episodic_return']:.4f}")
             bar.update(count)
     except KeyboardInterrupt:
-        on = f"go on with python ppo_ldm_sr.py --resume {run}" if checkpoint.is_file() else "nothing was kept"
-        print(f"\nstopped: {on}")
+        command = f"python ppo_ldm_sr.py --resume {shlex.quote(str(run))}"
+        print(f"\nstopped: {f'go on with {command}' if checkpoint.is_file() else 'nothing was kept'}")
         writer.close()  # or it would write its file anew
         if not checkpoint.is_file():  # the same command can begin again
             for file in run.glob("events.*"):

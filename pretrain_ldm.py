@@ -11,6 +11,7 @@ One training image in twelve is held back: v-loss per noise level and one call's
 
 import json
 import math
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Args:
     crop: int = 96  # px of a crop
     zoom: float = 0.5  # half of the crops come from images scaled down by up to this factor, antialiased
     first_share: float = 0.25  # share of the batch at the first timestep, pure noise; the rest has any timestep
+    pixel_coef: float = 100.0  # weight of the decoded image's square error at that timestep, beside the latent's
     # the decoder alone, on the U-Net's own clean latents beside the encoder's
     minutes_decoder: float = 20.0  # minutes to train it (0: keep it as it is)
     batch_decoder: int = 16  # 96 px crops of a step, half of them from the U-Net
@@ -214,6 +216,8 @@ def train(name: str, model: nn.Module, loss_of, args: Args, folder: Path, seen: 
     bar = tqdm(total=round(seconds), desc=name, unit="s", mininterval=5, bar_format=shape)
 
     def save() -> None:
+        if not orl.finite(trained):
+            stop(f"the {name} is no longer finite; lower its learning rate, go on with --resume")
         save_part(average.module, folder)
         parts = {"model": model, "average": average, "optimizer": optimizer}
         orl.save_run(file, {k: v.state_dict() for k, v in parts.items()} | {"state": state})
@@ -312,6 +316,9 @@ def main(args: Args) -> None:
     log |= json.loads(log_file.read_text()) if args.resume and log_file.is_file() else {}
     if (output / "vqvae").is_dir() and not args.resume:
         stop(f"{output} holds a model; go on with --resume or name another --output")
+    for part, folder in (("autoencoder", "vqvae"), ("unet", "unet")):
+        if getattr(args, f"minutes_{part}") <= 0 and not (output / folder).is_dir():
+            stop(f"--minutes-{part} 0: {output} has no {folder} yet; give it some")
     crops = Crops(args, device)
     torch.manual_seed(args.seed + log["autoencoder"] + log["unet"] + log["decoder"])  # a later stretch draws anew
 
@@ -373,7 +380,8 @@ def main(args: Args) -> None:
             image = crops(n, args.crop)
             lr = downscale(image)
             rounded = torch.rand(n, 1, 1, 1, device=device) < 0.5  # as a user's 8-bit LR image is
-            return ldm.encode(image).half(), (torch.where(rounded, (lr * 255).round() / 255, lr) * 2 - 1).half()
+            lr = torch.where(rounded, (lr * 255).round() / 255, lr)
+            return ldm.encode(image).half(), (lr * 2 - 1).half(), image.half()
 
         # a pool of encoded crops, a quarter of a batch of which is renewed at every step: a crop is seen about
         # four times, each time with other noise, and the encoder costs a quarter of what it would
@@ -383,11 +391,11 @@ def main(args: Args) -> None:
         first = round(args.first_share * args.batch_unet)  # without noise's help, a regression: it needs its own share
 
         def velocity_loss(model, latents, lr, t):
-            """Mean square error (n,) of the v-prediction: arXiv 2202.00512, eq. 12."""
+            """Mean square error (n,) of the v-prediction (arXiv 2202.00512, eq. 12), and the prediction."""
             noise = torch.randn_like(latents)
             noisy, velocity = scheduler.add_noise(latents, noise, t), scheduler.get_velocity(latents, noise, t)
             output = ldm.run(model, torch.cat([noisy, lr], 1), t)
-            return (output - velocity).square().mean(dim=(1, 2, 3))
+            return (output - velocity).square().mean(dim=(1, 2, 3)), output
 
         @torch.no_grad()
         def curve(model):
@@ -400,7 +408,7 @@ def main(args: Args) -> None:
                     for part in hr.split(32):
                         latents, lr = ldm.encode(part), downscale(part)
                         levels = [torch.full((len(part),), t, device=device) for t in (100, 300, 500, 700, 900, last)]
-                        rows.append(torch.stack([velocity_loss(model, latents, 2 * lr - 1, t) for t in levels]))
+                        rows.append(torch.stack([velocity_loss(model, latents, 2 * lr - 1, t)[0] for t in levels]))
                         z = torch.cat([torch.randn_like(latents), 2 * lr - 1], 1)
                         sr = ldm.decode(-ldm.run(model, z, levels[-1]))  # v at pure noise is minus the clean latent
                         sr = orl.make_consistent(sr, lr)
@@ -413,15 +421,22 @@ def main(args: Args) -> None:
             return found
 
         def loss_of_unet():
-            renew = args.batch_unet // 4
+            renew = max(1, args.batch_unet // 4)
             slot = torch.randint(len(pool[0]), (renew,))
             for part, new in zip(pool, encode_crops(renew)):
                 part[slot] = new
             pick = torch.randint(len(pool[0]), (args.batch_unet,))
-            latents, lr = (part[pick].float() for part in pool)
+            latents, lr, hr = (part[pick].float() for part in pool)
             t = torch.randint(last + 1, (args.batch_unet,), device=device)
             t[:first] = last
-            return velocity_loss(denoise, latents, lr, t).mean(), {}
+            losses, output = velocity_loss(denoise, latents, lr, t)
+            velocity = losses.mean()
+            if not first or not args.pixel_coef:
+                return velocity, {}
+            # the mean latent, decoded, is not the mean image, by which one call is judged
+            sr = orl.make_consistent(ldm.decode(-output[:first]), lr[:first] / 2 + 0.5)
+            pixels = first / args.batch_unet * F.mse_loss(sr, hr[:first])
+            return velocity + args.pixel_coef * pixels, {"velocity": velocity.detach(), "pixels": pixels.detach()}
 
         stretch("unet", unet, "unet", loss_of_unet, curve)
 
@@ -463,7 +478,7 @@ def main(args: Args) -> None:
     table = report(args, crops, device)
     seen = ", ".join(f"{log[part]} crops ({part})" for part in ("autoencoder", "unet", "decoder"))
     (output / "figures.md").write_text(f"After {seen}:\n\n{table}\n", encoding="utf-8")
-    print(f"\n{table}\n\nwritten to {output}; next: python ppo_ldm_sr.py --ldm {output}")
+    print(f"\n{table}\n\nwritten to {output}; next: python ppo_ldm_sr.py --ldm {shlex.quote(str(output))}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Tiny models and images that the tests share. Nothing here needs the network."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +16,10 @@ sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"  # real images and LPIPS weights, where a developer has them
 if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
     os.environ["TORCH_HOME"] = str(SHARED / "torch_home")
+
+import ppo_ldm_sr as orl  # noqa: E402
+
+SMALL = ["--scenes", "desert", "river", "--num-envs", "8", "--max-calls", "3", "--crop", "64", "--eval-images", "2", "--eval-every", "1"]
 
 
 def unreachable(*_, **__):
@@ -64,3 +70,63 @@ def image_folder(tmp_path_factory):
                 pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(root / split / scene / f"{i}.png")
     return root
+
+
+def run(*command, code=0, timeout=280, **environment):
+    """Runs a script of the project and returns what it said."""
+    env = {"OMP_NUM_THREADS": "2", **os.environ, **environment}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + (done.stderr if code else "")
+
+
+def refused(capsys, script, *flags):
+    """What a script says, called in this process with flags that must end it with one sentence and exit code 2."""
+    with pytest.raises(SystemExit) as error:
+        flags = [str(flag) for flag in flags]
+        script.main(flags if script is orl else tyro.cli(script.Args, args=flags))
+    said = capsys.readouterr().out
+    assert error.value.code == 2 and said.count("error: ") == 1, said
+    return said
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, ldm_folder):
+    """Two iterations, of 16 to 24 steps each, on the synthetic scenes that ship."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run-dir", folder, "--total-timesteps", 30, *SMALL)
+    return folder, said
+
+
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Trains in this process, without the table, doing `action` before an iteration -> what was said."""
+
+    def training(action, *flags, before=2, code=0):
+        rollout, count = orl.rollout, 0
+
+        def counted(*args):
+            nonlocal count
+            count += 1
+            if count == before:
+                action(*args)
+            return rollout(*args)
+
+        monkeypatch.setattr(orl, "rollout", counted)
+        monkeypatch.setattr(orl.subprocess, "run", lambda *_, **__: sys.exit(0))
+        with pytest.raises(SystemExit) as error:
+            orl.main([str(flag) for flag in flags])
+        monkeypatch.undo()
+        said = capsys.readouterr().out
+        assert (error.value.code or 0) == code, said
+        return said
+
+    return training
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def nothing(*_):
+    pass

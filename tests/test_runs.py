@@ -4,7 +4,6 @@ import contextlib
 import csv
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,40 +13,12 @@ import pytest
 import rehearsal
 import torch
 import tyro
-from conftest import ROOT, SHARED, tiny_ldm, unreachable
+from conftest import ROOT, SHARED, SMALL, interrupt, nothing, refused, run, tiny_ldm, unreachable
 
 import eval_sr
 import ppo_ldm_sr as orl
 import pretrain_ldm
 import upscale_sr
-
-SMALL = ["--scenes", "desert", "river", "--num-envs", "8", "--max-calls", "3", "--crop", "64", "--eval-images", "2", "--eval-every", "1"]
-
-
-def run(*command, code=0, timeout=280, **environment):
-    """Runs a script of the project and returns what it said."""
-    env = {"OMP_NUM_THREADS": "2", **os.environ, **environment}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + (done.stderr if code else "")
-
-
-def refused(capsys, script, *flags):
-    """What a script says, called in this process with flags that must end it with one sentence and exit code 2."""
-    with pytest.raises(SystemExit) as error:
-        flags = [str(flag) for flag in flags]
-        script.main(flags if script is orl else tyro.cli(script.Args, args=flags))
-    said = capsys.readouterr().out
-    assert error.value.code == 2 and said.count("error: ") == 1, said
-    return said
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, ldm_folder):
-    """Two iterations, of 16 to 24 steps each, on the synthetic scenes that ship."""
-    folder = tmp_path_factory.mktemp("runs") / "first"
-    said = run("ppo_ldm_sr.py", "--ldm", ldm_folder, "--dataset", "runs/scenes", "--run-dir", folder, "--total-timesteps", 30, *SMALL)
-    return folder, said
 
 
 def test_a_run_on_synthetic_scenes_writes_events_checkpoint_and_table(trained):
@@ -85,40 +56,6 @@ def assert_same(a, b):
     one, two = one["optimizer"], two["optimizer"]
     assert one["param_groups"] == two["param_groups"] and len(one["state"]) == len(two["state"]) > 10
     assert all(torch.equal(slot[k], two["state"][i][k]) for i, slot in one["state"].items() for k in slot)
-
-
-@pytest.fixture
-def train(monkeypatch, capsys):
-    """Trains in this process, without the table, doing `action` before an iteration -> what was said."""
-
-    def training(action, *flags, before=2, code=0):
-        rollout, count = orl.rollout, 0
-
-        def counted(*args):
-            nonlocal count
-            count += 1
-            if count == before:
-                action(*args)
-            return rollout(*args)
-
-        monkeypatch.setattr(orl, "rollout", counted)
-        monkeypatch.setattr(orl.subprocess, "run", lambda *_, **__: sys.exit(0))
-        with pytest.raises(SystemExit) as error:
-            orl.main([str(flag) for flag in flags])
-        monkeypatch.undo()
-        said = capsys.readouterr().out
-        assert (error.value.code or 0) == code, said
-        return said
-
-    return training
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def nothing(*_):
-    pass
 
 
 def test_the_method_file_alone_in_an_empty_folder_trains(tmp_path, ldm_folder, image_folder):
