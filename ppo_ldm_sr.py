@@ -133,18 +133,28 @@ def bits_per_channel(content: bytes, image: Image.Image) -> int:
     return max(max(depths) if isinstance(depths, tuple) else depths, 16 if image.mode[0] in "IF" else 8)
 
 
-def read_image(source: Path | str | bytes) -> torch.Tensor:
-    """Path or content of an image of up to 8 bits a channel -> uint8 RGB (3, H, W): upright, in sRGB where a colour
-    profile says how, no alpha. Raises ValueError for more bits: black and white are not known of such numbers."""
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    if (bits := bits_per_channel(content, Image.open(io.BytesIO(content)))) > 8:
-        raise ValueError(f"{bits} bits a channel; bring the dataset to 8 bits by one scale for all its images")
-    image = datasets.Image().decode_example({"path": None, "bytes": content})
+def to_srgb(image: Image.Image) -> Image.Image:
+    """An image of up to 8 bits as RGB without alpha: sRGB, where a profile says what its own colours are."""
     image = image.convert("RGBA") if image.mode in ("P", "PA") else image
-    if image.mode in ("RGB", "CMYK") and image.info.get("icc_profile"):
+    image = image if image.mode == "CMYK" else image.convert("RGB")
+    if image.info.get("icc_profile"):
         profile = ImageCms.getOpenProfile(io.BytesIO(image.info["icc_profile"]))
-        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    return v2.functional.pil_to_tensor(image.convert("RGB")).contiguous()
+        if profile.profile.xcolor_space.strip() == image.mode:  # not a grey image's
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return image.convert("RGB")
+
+
+def read_image(source: Path | str | bytes) -> torch.Tensor:
+    """Path or content of an image of up to 8 bits a channel -> uint8 (3, H, W), upright, as `to_srgb` makes it. Raises
+    ValueError for more bits, or signed ones: black and white are not known of such numbers."""
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    header = Image.open(io.BytesIO(content))
+    signed = 2 in getattr(header, "tag_v2", {}).get(339, ())  # TIFF: SampleFormat
+    if (bits := bits_per_channel(content, header)) > 8 or signed:
+        kind = f"{bits} {'signed ' * signed}bits a channel"
+        raise ValueError(f"{kind}; bring the dataset to 8 bits, unsigned, by one scale for all its images")
+    image = to_srgb(datasets.Image().decode_example({"path": None, "bytes": content}))
+    return v2.functional.pil_to_tensor(image).contiguous()
 
 
 def image_files(root: Path) -> list[Path]:

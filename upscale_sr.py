@@ -77,11 +77,13 @@ class Scene:
     Raises ValueError or rasterio's and Pillow's errors where it cannot be read as what it is."""
 
     def __init__(self, file: Path, bands: tuple[int, int, int] | None, scale: tuple[float, float] | None):
-        self.kind, self.icc, source = PICTURES.get(file.suffix.lower(), "GTiff"), None, None
+        self.kind, self.icc, self.cmyk, source = PICTURES.get(file.suffix.lower(), "GTiff"), None, False, None
         try:
             with Image.open(file) as image:
-                if image.format != "TIFF" and orl.bits_per_channel(file.read_bytes(), image) <= 8:
-                    self.icc, source = image.info.get("icc_profile"), self.open_picture(image)
+                self.cmyk = image.mode == "CMYK"
+                if (image.format != "TIFF" or self.cmyk) and orl.bits_per_channel(file.read_bytes(), image) <= 8:
+                    source = self.open_picture(image)
+                    self.icc = None if self.cmyk else image.info.get("icc_profile")
         except (OSError, Image.DecompressionBombError):
             pass  # what Pillow does not know, rasterio may
         try:
@@ -115,6 +117,7 @@ class Scene:
     def open_picture(self, image: Image.Image):
         """An 8-bit picture, upright, as rasterio's dataset of 1 to 4 bands."""
         turned = ImageOps.exif_transpose(image)
+        turned = orl.to_srgb(turned) if self.cmyk else turned
         alpha = "A" in image.getbands() or "transparency" in image.info
         grey = image.mode in ("1", "L", "LA")
         pixels = np.asarray(turned.convert({(1, 1): "LA", (1, 0): "L", (0, 1): "RGBA", (0, 0): "RGB"}[grey, alpha]))
@@ -497,6 +500,7 @@ def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: i
     notes += [f"kept: {', '.join(kept)}"] if kept else []
     notes += [f"bands {scene.dropped} left out"] if scene.dropped else []
     notes += ["its colour table written as colours"] if scene.palette is not None else []
+    notes += ["CMYK is written as sRGB"] if scene.cmyk else []
     tiff = file.suffix.lower() in (".tif", ".tiff")
     notes += [f"{file.suffix} is written as .tif"] if suffix == ".tif" and not tiff else []
     return f"{joined}: {size} in {time.perf_counter() - began:.1f} s; {'; '.join(notes)}"

@@ -82,6 +82,8 @@ def test_an_image_whose_black_and_white_are_not_known_is_refused_and_its_bits_ar
     for name, driver, count in (("rgb.png", "PNG", 3), ("band.jp2", "JP2OpenJPEG", 1), ("rgb.jp2", "JP2OpenJPEG", 3), ("rgb.tif", "GTiff", 3)):
         with rasterio.open(tmp_path / name, "w", driver=driver, width=64, height=32, count=count, dtype="uint16") as file:
             file.write(np.stack([grey.astype(np.uint16)] * count))
+    with rasterio.open(tmp_path / "signed.tif", "w", driver="GTiff", width=64, height=32, count=1, dtype="int8") as file:
+        file.write((grey / 32 - 64).astype(np.int8), 1)
     for file in tmp_path.iterdir():
         if file.suffix in (".png", ".tif", ".jp2"):
             with pytest.raises((ValueError, OSError), match="bits a channel|cannot identify"):
@@ -100,15 +102,19 @@ def test_a_colour_table_is_read_as_its_colours(tmp_path):
     assert torch.equal(orl.read_image(tmp_path / "a.tif").long(), expected)
 
 
-def test_a_colour_profile_is_brought_to_srgb(tmp_path):
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_colour_profile_is_brought_to_srgb(tmp_path, mode):
     from PIL import ImageCms
 
     image, profile = picture(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     other = profile.replace(b"rXYZ", b"temp", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"temp", b"bXYZ", 1)  # red is blue
+    image = image if mode == "RGB" else image.convert(mode)
     for name, icc in (("plain", None), ("srgb", profile), ("other", other)):
         image.save(tmp_path / f"{name}.png", icc_profile=icc)
     plain, same, swapped = (orl.read_image(tmp_path / f"{name}.png").float() for name in ("plain", "srgb", "other"))
     assert (plain - same).abs().max() <= 2 and (swapped.flip(0) - plain).abs().max() <= 2 and not torch.equal(swapped, plain)
+    image.convert("L").save(tmp_path / "grey.png", icc_profile=other)  # it says nothing of a grey image
+    assert orl.read_image(tmp_path / "grey.png").float().std() > 10
 
 
 def test_exif_rotation_is_applied(tmp_path):

@@ -193,6 +193,15 @@ def test_an_alpha_channel_a_colour_table_and_a_profile_are_kept(tiny, tmp_path):
     assert sr.count == 3 and np.abs(half_again(sr.read()) - expected).mean() < 4 and "colour table" in said
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
+def test_cmyk_is_written_as_the_colours_that_it_means(tiny, tmp_path, name):
+    picture = Image.fromarray(pixels(40, 52))
+    picture.convert("CMYK").save(tmp_path / name)
+    said, sr = result(tiny, tmp_path / name)
+    expected = np.asarray(Image.open(tmp_path / name).convert("RGB")).transpose(2, 0, 1)
+    assert sr.count == 3 and np.abs(half_again(sr.read()) - expected).mean() < 4 and "CMYK is written as sRGB" in said
+
+
 def test_places_without_a_named_system_world_files_control_points_and_rpcs_are_kept_four_times_as_fine(tiny, tmp_path):
     values = pixels(40, 52).transpose(2, 0, 1)
     raster(tmp_path / "bare.tif", values, transform=UTM["transform"])

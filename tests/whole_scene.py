@@ -108,14 +108,14 @@ def main(args: Args) -> None:
     time.sleep(5)
     kill(process)
     before = (parts / "00000.tif").stat().st_mtime_ns
-    print(f"killed in the middle of the second window; there are {sorted(os.listdir(parts))}")
+    print(f"\nkilled in the middle of the second window; there are {sorted(os.listdir(parts))}")
     process = start(args, file)
     began, _ = wait_for(process, parts / "00001.tif")
     ended, memory = wait_for(process, parts / "00002.tif")
     kill(process)
     kept = "kept as it was" if (parts / "00000.tif").stat().st_mtime_ns == before else "MADE AGAIN"
     row = args.size * (up.TILE - up.OVERLAP) / 1e6  # LR megapixels of a row of tiles
-    print(f"resumed: the first window's file was {kept}; {row / (ended - began) * 60:.2f} LR megapixels a minute, "
+    print(f"\nresumed: the first window's file was {kept}; {row / (ended - began) * 60:.2f} LR megapixels a minute, "
           f"a row of {-(-args.size // 128)} tiles in {ended - began:.0f} s, peak memory {memory:.2f} GB")  # fmt: skip
 
     device, state = torch.device("cpu"), eval_sr.load_run(orl.locate(args.agent))
