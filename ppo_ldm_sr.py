@@ -848,7 +848,7 @@ def load_run(path: Path) -> dict:
 
 def read_args(argv: list[str] | None) -> tuple[Args, dict]:
     """Command line -> settings, and what a run to resume has saved; what cannot work ends the program at once."""
-    args, saved = tyro.cli(Args, description=__doc__, args=argv), {}
+    args, saved = tyro.cli(Args, description=__doc__.split("One step")[0], args=argv), {}  # --help: a screen
     if args.resume:
         saved = load_run(Path(args.resume) / "checkpoint.pt")
         if saved["args"].keys() != vars(args).keys():
