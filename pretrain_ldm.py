@@ -61,7 +61,6 @@ class Args:
     crop: int = 96  # px of a crop
     zoom: float = 0.5  # half of the crops come from images scaled down by up to this factor, antialiased
     first_share: float = 0.25  # share of the batch at the first timestep, pure noise; the rest has any timestep
-    pixel_coef: float = 100.0  # weight of the decoded image's square error at that timestep, beside the latent's
     # the decoder alone, on the U-Net's own clean latents beside the encoder's
     minutes_decoder: float = 20.0  # minutes to train it (0: keep it as it is)
     batch_decoder: int = 16  # 96 px crops of a step, half of them from the U-Net
@@ -380,8 +379,7 @@ def main(args: Args) -> None:
             image = crops(n, args.crop)
             lr = downscale(image)
             rounded = torch.rand(n, 1, 1, 1, device=device) < 0.5  # as a user's 8-bit LR image is
-            lr = torch.where(rounded, (lr * 255).round() / 255, lr)
-            return ldm.encode(image).half(), (lr * 2 - 1).half(), image.half()
+            return ldm.encode(image).half(), (torch.where(rounded, (lr * 255).round() / 255, lr) * 2 - 1).half()
 
         # a pool of encoded crops, a quarter of a batch of which is renewed at every step: a crop is seen about
         # four times, each time with other noise, and the encoder costs a quarter of what it would
@@ -391,11 +389,11 @@ def main(args: Args) -> None:
         first = round(args.first_share * args.batch_unet)  # without noise's help, a regression: it needs its own share
 
         def velocity_loss(model, latents, lr, t):
-            """Mean square error (n,) of the v-prediction (arXiv 2202.00512, eq. 12), and the prediction."""
+            """Mean square error (n,) of the v-prediction: arXiv 2202.00512, eq. 12."""
             noise = torch.randn_like(latents)
             noisy, velocity = scheduler.add_noise(latents, noise, t), scheduler.get_velocity(latents, noise, t)
             output = ldm.run(model, torch.cat([noisy, lr], 1), t)
-            return (output - velocity).square().mean(dim=(1, 2, 3)), output
+            return (output - velocity).square().mean(dim=(1, 2, 3))
 
         @torch.no_grad()
         def curve(model):
@@ -408,7 +406,7 @@ def main(args: Args) -> None:
                     for part in hr.split(32):
                         latents, lr = ldm.encode(part), downscale(part)
                         levels = [torch.full((len(part),), t, device=device) for t in (100, 300, 500, 700, 900, last)]
-                        rows.append(torch.stack([velocity_loss(model, latents, 2 * lr - 1, t)[0] for t in levels]))
+                        rows.append(torch.stack([velocity_loss(model, latents, 2 * lr - 1, t) for t in levels]))
                         z = torch.cat([torch.randn_like(latents), 2 * lr - 1], 1)
                         sr = ldm.decode(-ldm.run(model, z, levels[-1]))  # v at pure noise is minus the clean latent
                         sr = orl.make_consistent(sr, lr)
@@ -426,17 +424,10 @@ def main(args: Args) -> None:
             for part, new in zip(pool, encode_crops(renew)):
                 part[slot] = new
             pick = torch.randint(len(pool[0]), (args.batch_unet,))
-            latents, lr, hr = (part[pick].float() for part in pool)
+            latents, lr = (part[pick].float() for part in pool)
             t = torch.randint(last + 1, (args.batch_unet,), device=device)
             t[:first] = last
-            losses, output = velocity_loss(denoise, latents, lr, t)
-            velocity = losses.mean()
-            if not first or not args.pixel_coef:
-                return velocity, {}
-            # the mean latent, decoded, is not the mean image, by which one call is judged
-            sr = orl.make_consistent(ldm.decode(-output[:first]), lr[:first] / 2 + 0.5)
-            pixels = first / args.batch_unet * F.mse_loss(sr, hr[:first])
-            return velocity + args.pixel_coef * pixels, {"velocity": velocity.detach(), "pixels": pixels.detach()}
+            return velocity_loss(denoise, latents, lr, t).mean(), {}
 
         stretch("unet", unet, "unet", loss_of_unet, curve)
 
