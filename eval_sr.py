@@ -339,7 +339,7 @@ def plane(path: Path, rows: pd.DataFrame, frontier: pd.DataFrame, title: str) ->
                 ax.plot(*means[method], marker, markersize=size, label=METHODS[method], linestyle="none")
         front = {m: at for m, at in means.items() if m not in METHODS}
         for method, at in front.items():
-            ax.annotate(method, at, textcoords="offset points", xytext=(6, -10), fontsize=7)
+            ax.annotate(method, at, textcoords="offset points", xytext=(-5, -11), fontsize=7, ha="right")
         if front:
             line = sorted([means["agent"], *front.values()])
             ax.plot(*zip(*line), "*-", color="C3", zorder=1, label="LDM with RL, by reward weights")
