@@ -109,8 +109,8 @@ def locate(path: str) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------ images
-# paper: Table 2
 LEAST_CROP = 48  # px of a side that LPIPS and VIF need
+# paper: Table 2
 PAPER_SCENES = "commercial_area dense_residential desert forest industrial_area railway_station river runway".split()
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
@@ -984,8 +984,8 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str(f"return {log['charts/episodic_return']:.4f}")
             bar.update(count)
     except KeyboardInterrupt:
-        command = f"python ppo_ldm_sr.py --resume {shlex.quote(str(run))}"
-        print(f"\nstopped: {f'go on with {command}' if checkpoint.is_file() else 'nothing was kept'}")
+        on = f"go on with python ppo_ldm_sr.py --resume {shlex.quote(str(run))}"
+        print("\nstopped:", on if checkpoint.is_file() else "nothing was kept")
         writer.close()  # or it would write its file anew
         if not checkpoint.is_file():  # the same command can begin again
             for file in run.glob("events.*"):

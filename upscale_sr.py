@@ -109,6 +109,9 @@ class Scene:
                 raise ValueError(f"it has {source.count} band(s), not {max(self.bands)}")
             self.count = len(self.bands)
         self.dropped = sorted(set(data) - set(self.bands))
+        # whether a mask tells its holes, for want of a value, NaN or alpha that does
+        self.masked = MaskFlags.per_dataset in source.mask_flag_enums[0] and self.palette is None and not self.alpha
+        self.masked = self.masked and np.issubdtype(self.dtype, np.integer)
         eight_bits = self.dtype == "uint8"
         self.scale = scale or ((0.0, 255.0) if eight_bits else self.percentiles())
         if self.kind == "JPEG" and 4 * max(self.height, self.width) > 65_500:
@@ -241,6 +244,14 @@ class Upscaler:
 
         return SimpleNamespace(policy=policy, edit_policy=self.agent.edit_policy)
 
+    @torch.no_grad()
+    def super_resolve(self, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """What `inputs` gives (n, 3, h, w), (n, c, h, w) -> SR (n, 3, 4h, 4w), not clipped."""
+        sr = self.mdp.super_resolve(lr.clamp(0, 1), z, self.steered())[0]
+        for _ in range(5 if self.agent else 0):  # back-projection: what is brighter than white comes back here
+            sr = sr + upscale(lr - F.interpolate(sr, scale_factor=0.25, mode="bicubic", antialias=True))
+        return sr
+
     def row(self, r: int) -> torch.Tensor:
         """SR of row r of tiles, faded towards the rows above and below: (3, 4 tile, 4 width)."""
         values, side, width = self.tile_row(r), 4 * self.tile, 4 * self.scene.width
@@ -248,10 +259,7 @@ class Upscaler:
         for first in range(0, self.num_columns, self.batch_size):
             columns = range(first, min(first + self.batch_size, self.num_columns))
             lr, z = self.inputs([(r, c) for c in columns], {r: values})
-            sr = self.mdp.super_resolve(lr.clamp(0, 1), z, self.steered())[0]
-            for _ in range(5 if self.agent else 0):  # back-projection: what is brighter than white comes back here
-                sr = sr + upscale(lr - F.interpolate(sr, scale_factor=0.25, mode="bicubic", antialias=True))
-            for c, part in zip(columns, sr.cpu()):
+            for c, part in zip(columns, self.super_resolve(lr, z).cpu()):
                 at = slice(4 * c * self.step, 4 * c * self.step + side)
                 total[:, :, at] += part * fade(side, 4 * OVERLAP, c == 0, c == self.num_columns - 1)
         total *= fade(side, 4 * OVERLAP, r == 0, r == self.num_rows - 1).view(-1, 1)
@@ -284,12 +292,6 @@ def profile_of(scene: Scene, height: int) -> dict:
     return {"driver": "GTiff", "width": 4 * scene.width, "height": height, "count": count, "dtype": scene.dtype,
             "nodata": nodata, "photometric": "rgb" if rgb else "minisblack",
             "compress": "deflate", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
-
-
-def has_mask(scene: Scene) -> bool:
-    """Whether a mask tells its holes, for want of a value, NaN or alpha that does."""
-    masked = MaskFlags.per_dataset in scene.source.mask_flag_enums[0] and scene.palette is None and not scene.alpha
-    return masked and np.issubdtype(scene.dtype, np.integer)
 
 
 def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -362,7 +364,7 @@ def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: i
                 values, valid = encode(scene, start + k, strip[:, k : k + WRITTEN])
                 window = Window(0, start + k - top, values.shape[2], values.shape[1])
                 target.write(values, window=window)
-                if has_mask(scene):  # every row: one that is not written is a hole
+                if scene.masked:  # every row: one that is not written is a hole
                     target.write_mask(valid, window=window)
             del strip
             bar.update(1)
@@ -396,7 +398,7 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
                     window = Window(0, first, source.width, min(512, source.height - first))
                     place = Window(0, at + first, source.width, window.height)
                     file.write(source.read(window=window), window=place)
-                    if has_mask(scene):
+                    if scene.masked:
                         file.write_mask(source.dataset_mask(window=window), window=place)
                 at += source.height
     os.replace(half, target)
@@ -406,7 +408,7 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
 def write_vrt(scene: Scene, parts: list[Path], target: Path) -> list[str]:
     """The parts of several processes as one image, a VRT: no two of them ever write one file."""
     at, width = 0, 4 * scene.width
-    bands = [str(band) for band in range(1, scene.count + bool(scene.alpha) + 1)] + ["mask,1"] * has_mask(scene)
+    bands = [str(band) for band in range(1, scene.count + bool(scene.alpha) + 1)] + ["mask,1"] * scene.masked
     sources = dict.fromkeys(bands, "")
     kind = "Byte" if scene.dtype == "uint8" else scene.dtype.capitalize().replace("Uint", "UInt")
     for part in parts:

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
-import torch.nn.functional as F
 import tyro
 from rasterio.transform import from_origin
 from rasterio.windows import Window
@@ -77,7 +76,6 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-@torch.no_grad()
 def untiled(upscaler: up.Upscaler, first: int) -> torch.Tensor:
     """SR (3, H, W) of ROWS by COLUMNS tiles from column `first` on, with the overlap around them, in one piece."""
     step, side = upscaler.step, upscaler.tile
@@ -89,10 +87,7 @@ def untiled(upscaler: up.Upscaler, first: int) -> torch.Tensor:
             at = slice(r * step, r * step + side), slice(c * step, c * step + side)
             tile_lr, tile_z = upscaler.inputs([(r, first + c)], rows)
             lr[0, :, *at], z[0, :, *at] = tile_lr[0], tile_z[0]
-    sr = upscaler.mdp.super_resolve(lr.clamp(0, 1), z, upscaler.steered())[0]
-    for _ in range(5):
-        sr = sr + up.upscale(lr - F.interpolate(sr, scale_factor=0.25, mode="bicubic", antialias=True))
-    return sr[0]
+    return upscaler.super_resolve(lr, z)[0]
 
 
 def main(args: Args) -> None:
