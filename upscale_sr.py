@@ -30,6 +30,7 @@ from typing import Literal
 import numpy as np
 import rasterio
 import rasterio.fill
+import rasterio.shutil
 import torch
 import torch.nn.functional as F
 import tyro
@@ -373,7 +374,7 @@ def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: i
 
 def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
     """All parts as one file -> what was kept of the scene, in words."""
-    half, at = target.with_name(target.name + ".half"), 0
+    half = target.with_name(target.name + ".half")
     if scene.kind != "GTiff":
         pixels = np.concatenate([rasterio.open(part).read() for part in parts], axis=1)
         kept = ["colour profile"] if scene.icc else []
@@ -390,17 +391,12 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
                 file.write(pixels)
         os.replace(half, target)
         return kept
-    with rasterio.open(half, "w", **profile_of(scene, 4 * scene.height)) as file:
-        kept = describe(scene, file)
-        for part in parts:
-            with rasterio.open(part) as source:
-                for first in range(0, source.height, 512):
-                    window = Window(0, first, source.width, min(512, source.height - first))
-                    place = Window(0, at + first, source.width, window.height)
-                    file.write(source.read(window=window), window=place)
-                    if scene.masked:
-                        file.write_mask(source.dataset_mask(window=window), window=place)
-                at += source.height
+    together = target.with_suffix(".joining.vrt")
+    kept = write_vrt(scene, parts, together)
+    profile = profile_of(scene, 4 * scene.height)
+    options = {k: profile[k] for k in ("photometric", "compress", "tiled", "BIGTIFF")}
+    rasterio.shutil.copy(together, half, driver="GTiff", **options)
+    together.unlink()
     os.replace(half, target)
     return kept
 
