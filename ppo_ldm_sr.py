@@ -64,7 +64,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     run_dir: str | None = None  # run folder (None: runs/{images}__orl_ldm__{seed}__{time})
     resume: str | None = None  # run folder to go on with, under its own settings and images
-    agent: str | None = None  # run folder whose agent trains on, for other images, LDM or reward (None: a new agent)
+    # run folder whose agent trains on, for other images, LDM or reward (None: a new agent); learning rate and edit_std
+    # begin anew: half of both spoil less where the steps are few
+    agent: str | None = None
     # images and models
     dataset: str = "auto"  # image folder, Hub name, or auto: timm/resisc45, and without it the synthetic scenes
     scenes: tuple[str, ...] = ()  # scenes to train on (none named: the paper's eight)
@@ -648,7 +650,7 @@ def image_net(channels: int, outputs: int, std: float) -> nn.Sequential:
     )  # fmt: skip
 
 
-def cell_net(channels: int, outputs: int, width: int = 48, blocks: int = 4) -> nn.Sequential:
+def cell_net(channels: int, outputs: int, width: int = 48, blocks: int = 6) -> nn.Sequential:
     """Maps (n, channels, h, w) -> (n, outputs, h, w), fully convolutional; zero at first."""
     last = nn.Conv2d(width, outputs, 3, padding=1)
     nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
@@ -823,7 +825,7 @@ def evaluate(mdp: Denoising, hr, net, agent, seed: int, weights=Args.reward_weig
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
-VERSION = 3  # of what an agent sees and does: a run of another one cannot be used
+VERSION = 4  # of what an agent sees and does: a run of another one cannot be used
 
 
 def save_run(path: Path, content: dict) -> None:
@@ -928,12 +930,15 @@ def main(argv: list[str] | None = None) -> None:
         run.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(run, purge_step=step + 1 if step else None)
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
+        curves = {k: ["Multiline", [f"eval/{k}_agent$", f"eval/{k}_plain$"]] for k in EVALUATED}
+        writer.add_custom_scalars({"held-out images": curves})  # agent and plain LDM on one card
         hr = test.centres(args.eval_images, args.crop)  # (n, 3, crop, crop)
         plain = evaluate(mdp, hr, net, None, args.seed, args.reward_weights)
         if not step:  # where the curves begin
             found = evaluate(mdp, hr, net, agent, args.seed, args.reward_weights)
             for k in EVALUATED:
                 writer.add_scalar(f"eval/{k}_agent", found[k].mean(), 0)
+                writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), 0)
         content = {"args": vars(args), "ldm": ldm.fingerprint, "title": train.title}
         print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}", flush=True)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True)

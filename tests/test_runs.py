@@ -34,6 +34,13 @@ def test_a_run_on_synthetic_scenes_writes_events_checkpoint_and_table(trained):
     tags = set(events.Tags()["scalars"])
     assert {"charts/episodic_return", "charts/SPS", "losses/approx_kl", "losses/explained_variance", "reward/psnr",
             "reward/efficiency", "eval/psnr_agent", "eval/psnr_plain", "policy/edit", "losses/edit_clipfrac"} <= tags  # fmt: skip
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+    layout = layout_pb2.Layout.FromString(events.Tensors(metadata.CONFIG_SUMMARY_TAG)[0].tensor_proto.string_val[0])
+    for chart in layout.category[0].chart:  # agent and plain LDM on one card, both from the step before the first
+        found = {tag for tag in tags for pattern in chart.multiline.tag if re.search(pattern, tag)}
+        assert found == {f"eval/{chart.title}_agent", f"eval/{chart.title}_plain"}
+        assert all(events.Scalars(tag)[0].step == 0 for tag in found)
     first, second = [e.step for e in events.Scalars("charts/SPS")]
     assert 16 <= first <= 24 and 16 <= second - first <= 24
 
