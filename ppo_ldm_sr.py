@@ -78,7 +78,7 @@ class Args:
     eval_images: int = 32  # held-out images of the curves (0: all)
     eval_every: int = 25  # iterations between two evaluations of the agent
     # PPO; where Table 1 of the paper gives a value, it is the default
-    # denoiser calls (None: Table 1's 1,000,000 on CUDA, 12,000 on a CPU); a resumed run takes a larger number, by which
+    # denoiser calls (None: Table 1's 1,000,000 on CUDA, 10,000 on a CPU); a resumed run takes a larger number, by which
     # learning rate and spread, annealed over the whole budget, rise again to that share of it
     total_timesteps: int | None = None
     learning_rate: float = 1e-3  # of editor and critic, annealed to zero (Table 1: 3e-4, slower here)
@@ -887,7 +887,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     args, saved = read_args(argv)
     device = pick_device(args.device)
-    args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 12_000)
+    args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 10_000)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"device: {name}, LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}")
     torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed; everything random comes from torch
