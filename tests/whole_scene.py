@@ -92,25 +92,29 @@ def untiled(upscaler: up.Upscaler, first: int) -> torch.Tensor:
     return upscaler.super_resolve(lr, z)[0]
 
 
+def apart(found: np.ndarray) -> str:
+    """Absolute differences in grey levels, in words."""
+    return f"mean difference {found.mean():.2f} of 255 grey levels, 99% below {np.percentile(found, 99):.1f}"
+
+
 def compare_real_images(args: Args, mdp: orl.Denoising, agent: orl.Agent, a_scene: int = 3) -> None:
     """The first images of each scene that noise can be drawn for at once, in 2 x 2 tiles, against the same in one piece."""
-    rows, _, _ = orl.find_images(args.dataset)
-    files = {name: [row[3] for row in sorted(rows) if row[:2] == ("test", name)][:a_scene] for _, name, *_ in rows}
+    rows = sorted(row for row in orl.find_images(args.dataset)[0] if row[0] == "test")
+    scenes = [[row[3] for row in rows if row[1] == name][:a_scene] for name in sorted({row[1] for row in rows})]
     differences, spread = [], []
-    for file in sum(files.values(), []):
-        if max(up.Scene(Path(file), None, None).source.shape) > up.BLOCK - up.OVERLAP:
+    for file in sum(scenes, []):
+        scene, pictures = up.Scene(Path(file), None, None), []
+        if max(scene.height, scene.width) > up.BLOCK - up.OVERLAP:
             continue
-        pictures = []
-        for tile in (up.TILE, 512):
+        for tile in (up.TILE, up.BLOCK):
             with mock.patch.object(up, "TILE", tile):
-                upscaler = up.Upscaler(mdp, agent, up.Scene(Path(file), None, None), 1, 0)
+                upscaler = up.Upscaler(mdp, agent, scene, 1, 0)
             strips = [sr for _, sr in upscaler.strips(0, upscaler.num_rows)]
             pictures.append(255 * torch.cat(strips, dim=1).clamp(0, 1))
-        assert upscaler.num_rows == upscaler.num_columns == 1 and pictures[0].shape == pictures[1].shape
+        assert upscaler.num_rows == upscaler.num_columns == 1
         differences.append((pictures[0] - pictures[1]).abs().flatten()), spread.append(pictures[1].std())
-    found = torch.cat(differences).numpy()
-    print(f"{len(differences)} real images, tiled, against the same in one piece: mean difference {found.mean():.2f} of 255 "
-          f"grey levels, 99% below {np.percentile(found, 99):.1f}; an image's standard deviation {np.mean(spread):.0f}")  # fmt: skip
+    print(f"{len(differences)} real images, tiled, against the same in one piece: {apart(torch.cat(differences).numpy())}; "
+          f"an image's standard deviation {np.mean(spread):.0f}")  # fmt: skip
 
 
 def main(args: Args) -> None:
@@ -148,9 +152,7 @@ def main(args: Args) -> None:
         left = 4 * first * upscaler.step + edge
         same = tiled[:, : cut.shape[1], left : left + cut.shape[2]] / WHITE * 255
         differences.append(np.abs(same - cut[:, : same.shape[1]].clip(0, 255)).ravel())
-    found = np.concatenate(differences)
-    print(f"{CUTS * ROWS * COLUMNS} windows, tiled and resumed, against untiled cuts: mean difference "
-          f"{found.mean():.2f} of 255 grey levels, 99% below {np.percentile(found, 99):.1f}; "
+    print(f"{CUTS * ROWS * COLUMNS} windows, tiled and resumed, against untiled cuts: {apart(np.concatenate(differences))}; "
           f"standard deviation of the image {tiled.std() / WHITE * 255:.0f}")  # fmt: skip
     compare_real_images(args, mdp, upscaler.agent)
     try:
