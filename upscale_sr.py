@@ -34,6 +34,7 @@ import rasterio.shutil
 import torch
 import torch.nn.functional as F
 import tyro
+from affine import dumpsw
 from PIL import Image, ImageOps
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
@@ -347,10 +348,8 @@ def describe(scene: Scene, target) -> list[str]:
 
 def world_file(scene: Scene, target: Path) -> None:
     """The six numbers of a picture's place beside it, for the centre of its upper left pixel."""
-    place = scene.placed.transform @ scene.placed.transform.scale(0.25)
-    x, y = place @ (0.5, 0.5)
-    text = "\n".join(repr(float(v)) for v in (place.a, place.d, place.b, place.e, x, y))
-    target.with_suffix({".png": ".pgw"}.get(target.suffix.lower(), ".jgw")).write_text(text + "\n", encoding="utf-8")
+    text = dumpsw(scene.placed.transform @ scene.placed.transform.scale(0.25))
+    target.with_suffix({".png": ".pgw"}.get(target.suffix.lower(), ".jgw")).write_text(text, encoding="utf-8")
 
 
 def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: int, bar) -> None:
