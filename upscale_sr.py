@@ -10,17 +10,21 @@ from tiles all over the scene: neither --window nor the number of processes chan
 in NAME_sr.tif.parts until all is; the same command goes on there.
 
 What comes out is what went in: kind of file (what can be read but not written so becomes .tif), bands (one band as
-grey), type, holes, coordinates of every kind, tags, colour profile. 8 bits are shown as they are, 0 to 255; for
-anything else black and white are --scale, or the 2nd and 98th percentile of the scene, for all bands alike.
+grey), type, holes, coordinates of every kind, tags, scales and units of bands, colour profile; what cannot be kept is
+named. 8 bits are shown as they are, 0 to 255; for anything else black and white are --scale, or the 2nd and 98th
+percentile of the scene, for all bands alike.
 """
 
+import base64
 import json
 import os
 import re
 import shutil
 import sys
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +39,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from affine import dumpsw
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 from torch.distributions import Normal
@@ -51,6 +55,7 @@ EDGE = OVERLAP // 2
 BLOCK = 256  # latent cells a side that one generator draws noise for
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # written as such; everything else as GeoTIFF
 WRITTEN = 128  # SR rows turned into the scene's type at once
+OF_THE_FILE = {"IMAGE_STRUCTURE", "SUBDATASETS", "DERIVED_SUBDATASETS", "COLOR_PROFILE", "RPC"}  # tags not to copy
 COLOURS = {1: [ColorInterp.gray], 3: [ColorInterp.red, ColorInterp.green, ColorInterp.blue]}
 warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
 warnings.filterwarnings("ignore", category=rasterio.errors.NodataShadowWarning)
@@ -80,11 +85,15 @@ class Scene:
 
     def __init__(self, file: Path, bands: tuple[int, int, int] | None, scale: tuple[float, float] | None):
         self.kind, self.icc, self.cmyk, source = PICTURES.get(file.suffix.lower(), "GTiff"), None, False, None
+        self.lock, pages, turned = threading.Lock(), 1, False  # a file is read by one thread at a time
         try:
             with Image.open(file) as image:
                 self.cmyk = image.mode == "CMYK"
+                if image.mode == "LAB":
+                    raise ValueError("its colours are CIELAB's; convert it to RGB")
                 if (image.format != "TIFF" or self.cmyk) and orl.bits_per_channel(file.read_bytes(), image) <= 8:
-                    source = self.open_picture(image)
+                    source, pages = self.open_picture(image), getattr(image, "n_frames", 1)
+                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
                     self.icc = None if self.cmyk else image.info.get("icc_profile")
         except (OSError, Image.DecompressionBombError):
             pass  # what Pillow does not know, rasterio may
@@ -94,7 +103,17 @@ class Scene:
             if source is None:
                 raise
             self.placed = source
-        self.source = source = source or self.placed
+        if source is None:
+            source, pages = self.placed, len(self.placed.subdatasets)
+            if not source.count:
+                raise ValueError(f"it has no bands of its own, but {pages} datasets inside; take one out, as a .tif")
+            profile = source.tags(ns="COLOR_PROFILE").get("SOURCE_ICC_PROFILE")
+            self.icc = base64.b64decode(profile) if profile else None
+        self.source = source
+        self.left_out = [f"{pages - 1} further page(s)"] if pages > 1 else []  # in words
+        if turned and not self.placed.transform.is_identity:
+            self.left_out.append("coordinates, since EXIF turns the picture")
+            self.placed = source
         self.height, self.width, self.dtype = source.height, source.width, source.dtypes[0]
         if self.dtype.startswith("complex") or len(set(source.dtypes)) > 1:
             raise ValueError(f"its bands are {', '.join(sorted(set(source.dtypes)))}")
@@ -110,12 +129,16 @@ class Scene:
             if max(self.bands) > source.count or min(self.bands) < 1:
                 raise ValueError(f"it has {source.count} band(s), not {max(self.bands)}")
             self.count = len(self.bands)
-        self.dropped = sorted(set(data) - set(self.bands))
+        if dropped := sorted(set(data) - set(self.bands)):
+            self.left_out.append(f"bands {dropped}")
         # whether a mask tells its holes, for want of a value, NaN or alpha that does
         self.masked = MaskFlags.per_dataset in source.mask_flag_enums[0] and self.palette is None and not self.alpha
         self.masked = self.masked and np.issubdtype(self.dtype, np.integer)
-        eight_bits = self.dtype == "uint8"
-        self.scale = scale or ((0.0, 255.0) if eight_bits else self.percentiles())
+        self.inverted = source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # white is the smaller value
+        if scale is None:
+            low, high = (0.0, 255.0) if self.dtype == "uint8" else self.percentiles()
+            scale = (high, low) if self.inverted else (low, high)
+        self.scale = scale
         if self.kind == "JPEG" and 4 * max(self.height, self.width) > 65_500:
             raise ValueError("its result is larger than a JPEG can be; save it as .tif first")
 
@@ -149,11 +172,12 @@ class Scene:
     def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """LR rows first to last - 1 -> values (1 or 3, rows, width), valid (rows, width), the alpha channel or None."""
         window = Window(0, first, self.width, last - first)
-        values = self.source.read(self.bands, window=window)
+        with self.lock:
+            values, mask = self.source.read(self.bands, window=window), self.source.dataset_mask(window=window)
+            alpha = self.source.read(self.alpha, window=window) if self.alpha else None
         values = self.palette[values[0]].transpose(2, 0, 1) if self.palette is not None else values
         values = values.astype(np.float32)
-        valid = (self.source.dataset_mask(window=window) > 0) & np.isfinite(values).all(axis=0)
-        return values, valid, self.source.read(self.alpha, window=window) if self.alpha else None
+        return values, (mask > 0) & np.isfinite(values).all(axis=0), alpha
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """LR rows first to last - 1 as the networks see them: (3, rows, width), [0, 1] black to white, holes filled
@@ -254,9 +278,9 @@ class Upscaler:
             sr = sr + upscale(lr - F.interpolate(sr, scale_factor=0.25, mode="bicubic", antialias=True))
         return sr
 
-    def row(self, r: int) -> torch.Tensor:
-        """SR of row r of tiles, faded towards the rows above and below: (3, 4 tile, 4 width)."""
-        values, side, width = self.tile_row(r), 4 * self.tile, 4 * self.scene.width
+    def row(self, r: int, values: np.ndarray) -> torch.Tensor:
+        """What `tile_row` gives of row r -> its SR, faded towards the rows above and below: (3, 4 tile, 4 width)."""
+        side, width = 4 * self.tile, 4 * self.scene.width
         total = torch.zeros(3, side, 4 * (self.num_columns * self.step + OVERLAP))
         for first in range(0, self.num_columns, self.batch_size):
             columns = range(first, min(first + self.batch_size, self.num_columns))
@@ -268,20 +292,26 @@ class Upscaler:
         return total[:, :, 4 * EDGE : 4 * EDGE + width]
 
     def strips(self, first: int, last: int):
-        """Rows first to last - 1 of tiles -> (top SR row, SR (3, rows, 4 width)) one after the other, without a gap."""
+        """Rows first to last - 1 of tiles -> (top SR row, SR (3, rows, 4 width)) one after the other, without a gap.
+        The next one is read while a row is computed."""
         side, fades = 4 * self.tile, 4 * OVERLAP
         if first > 0 and self.below[0] != first - 1:
-            self.below = first - 1, self.row(first - 1)[:, side - fades :].clone()
-        for r in range(first, last):
-            strip = self.row(r)
-            if r > 0:
-                strip[:, :fades] += self.below[1]
-            self.below = r, strip[:, side - fades :].clone()
-            top = 4 * (r * self.step - EDGE)
-            bottom = 4 * self.scene.height if r == self.num_rows - 1 else top + side - fades
-            skip = max(0, -top)
-            yield top + skip, strip[:, skip : bottom - top]
-            del strip  # here and where it is written: not held while the next one is computed
+            self.below = first - 1, self.row(first - 1, self.tile_row(first - 1))[:, side - fades :].clone()
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self.tile_row, first)
+            for r in range(first, last):
+                values = ahead.result()
+                if r + 1 < last:
+                    ahead = reader.submit(self.tile_row, r + 1)
+                strip = self.row(r, values)
+                if r > 0:
+                    strip[:, :fades] += self.below[1]
+                self.below = r, strip[:, side - fades :].clone()
+                top = 4 * (r * self.step - EDGE)
+                bottom = 4 * self.scene.height if r == self.num_rows - 1 else top + side - fades
+                skip = max(0, -top)
+                yield top + skip, strip[:, skip : bottom - top]
+                del strip  # not held while the next one is computed
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -291,8 +321,9 @@ def profile_of(scene: Scene, height: int) -> dict:
     """rasterio's settings of a GeoTIFF of `height` SR rows."""
     count, rgb = scene.count + bool(scene.alpha), scene.count == 3 and scene.dtype == "uint8"
     nodata = None if scene.palette is not None else scene.source.nodata
+    photometric = "rgb" if rgb else "miniswhite" if scene.inverted and scene.count == 1 else "minisblack"
     return {"driver": "GTiff", "width": 4 * scene.width, "height": height, "count": count, "dtype": scene.dtype,
-            "nodata": nodata, "photometric": "rgb" if rgb else "minisblack",
+            "nodata": nodata, "photometric": photometric,
             "compress": "deflate", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
 
 
@@ -320,7 +351,7 @@ def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.nda
 
 def describe(scene: Scene, target) -> list[str]:
     """Gives a GeoTIFF the scene's coordinates, four times as fine, and its tags -> what was kept, in words."""
-    placed, kept = scene.placed, []
+    placed, source, kept = scene.placed, scene.source, []
     if not placed.transform.is_identity:
         target.transform = placed.transform @ placed.transform.scale(0.25)
         kept.append("coordinates" if placed.crs else "coordinates of no named system")
@@ -339,11 +370,30 @@ def describe(scene: Scene, target) -> list[str]:
         target.rpcs = rpcs
         kept.append("RPCs")
     target.update_tags(**{k: v for k, v in placed.tags().items() if k != "AREA_OR_POINT"})
-    for k, band in enumerate(scene.bands if scene.palette is None else (), 1):
-        target.set_band_description(k, placed.descriptions[band - 1] or "")
+    copy_tags(scene, target)
+    if scene.icc:
+        target.update_tags(ns="COLOR_PROFILE", SOURCE_ICC_PROFILE=base64.b64encode(scene.icc).decode())
+        kept.append("colour profile")
+    bands = scene.bands if scene.palette is None else ()
+    for k, band in enumerate(bands, 1):
+        target.set_band_description(k, source.descriptions[band - 1] or "")
+        target.update_tags(k, **{k: v for k, v in source.tags(band).items() if not k.startswith("STATISTICS_")})
+        target.set_band_unit(k, source.units[band - 1] or "")
+    if bands and (set(source.scales), set(source.offsets)) != ({1.0}, {0.0}):
+        rest = target.count - len(bands)  # alpha
+        target.scales = [source.scales[band - 1] for band in bands] + [1.0] * rest
+        target.offsets = [source.offsets[band - 1] for band in bands] + [0.0] * rest
+        kept.append("scales and offsets")
     if scene.alpha:
         target.colorinterp = [*COLOURS[scene.count], ColorInterp.alpha]
     return kept
+
+
+def copy_tags(scene: Scene, target) -> None:
+    """Tags in namespaces of their own; GDAL's copies do not keep them."""
+    for space in scene.placed.tag_namespaces():
+        if space not in OF_THE_FILE and not space.startswith("xml:"):
+            target.update_tags(ns=space, **scene.placed.tags(ns=space))
 
 
 def world_file(scene: Scene, target: Path) -> None:
@@ -358,16 +408,24 @@ def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: i
     top = max(0, 4 * (first * upscaler.step - EDGE))
     bottom = 4 * scene.height if last == upscaler.num_rows else 4 * (last * upscaler.step - EDGE)
     half = part.with_name(part.name + ".half")
-    with rasterio.open(half, "w", **profile_of(scene, bottom - top)) as target:
-        for start, strip in strips:
+    with rasterio.open(half, "w", **profile_of(scene, bottom - top)) as target, ThreadPoolExecutor(1) as writer:
+
+        def write(start: int, strip: torch.Tensor) -> None:
             for k in range(0, strip.shape[1], WRITTEN):
                 values, valid = encode(scene, start + k, strip[:, k : k + WRITTEN])
                 window = Window(0, start + k - top, values.shape[2], values.shape[1])
                 target.write(values, window=window)
                 if scene.masked:  # every row: one that is not written is a hole
                     target.write_mask(valid, window=window)
-            del strip
             bar.update(1)
+
+        written = None
+        for start, strip in strips:  # one is written while the next is computed, no more: they are large
+            if written:
+                written.result()
+            written = writer.submit(write, start, strip)
+            del strip
+        written.result()
     os.replace(half, part)
 
 
@@ -380,6 +438,8 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
         if not scene.placed.transform.is_identity:
             world_file(scene, target)
             kept.append("world file")
+        if scene.placed.crs or scene.placed.gcps[0]:
+            scene.left_out.append(f"coordinates that a {scene.kind} cannot hold; save it as .tif first")
         if pixels.dtype == np.uint8:
             image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
             options = {"quality": 95, "subsampling": 0} if scene.kind == "JPEG" else {}
@@ -396,6 +456,8 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
     options = {k: profile[k] for k in ("photometric", "compress", "tiled", "BIGTIFF")}
     rasterio.shutil.copy(together, half, driver="GTiff", **options)
     together.unlink()
+    with rasterio.open(half, "r+") as file:
+        copy_tags(scene, file)
     os.replace(half, target)
     return kept
 
@@ -495,7 +557,7 @@ def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: i
         shutil.rmtree(folder)
     notes = [f"{scene.dtype}, black {scene.scale[0]:g}, white {scene.scale[1]:g}"]
     notes += [f"kept: {', '.join(kept)}"] if kept else []
-    notes += [f"bands {scene.dropped} left out"] if scene.dropped else []
+    notes += [f"left out: {', '.join(scene.left_out)}"] if scene.left_out else []
     notes += ["its colour table written as colours"] if scene.palette is not None else []
     notes += ["CMYK is written as sRGB"] if scene.cmyk else []
     tiff = file.suffix.lower() in (".tif", ".tiff")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import rasterio
 import torch
 from conftest import ROOT, tiny_ldm
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 from rasterio.transform import Affine, GroundControlPoint, from_origin
+from scipy.io import netcdf_file
 
 import eval_sr
 import ppo_ldm_sr as orl
@@ -144,7 +146,7 @@ def test_a_geotiff_keeps_coordinates_type_tags_holes_and_values(tiny, tmp_path, 
     said, sr = result(tiny, tmp_path / "a.tif")
     assert sr.bounds == rasterio.open(tmp_path / "a.tif").bounds and sr.crs == "EPSG:32633" and sr.res == (0.5, 0.5)
     assert (sr.count, sr.width, sr.height, sr.dtypes[0], sr.nodata) == (3, 208, 160, dtype, nodata)
-    assert sr.tags()["sensor"] == "a test" and sr.descriptions[1] == "green" and "bands [4] left out" in said
+    assert sr.tags()["sensor"] == "a test" and sr.descriptions[1] == "green" and "left out: bands [4]" in said
     found, inside = sr.read(), np.zeros((160, 208), bool)
     inside[40:80, 40:80] = True
     same = np.isnan(found) if nodata is None else found == nodata
@@ -153,6 +155,53 @@ def test_a_geotiff_keeps_coordinates_type_tags_holes_and_values(tiny, tmp_path, 
     away[6:24, 6:24] = False  # the filter reaches into the hole
     error = np.abs(half_again(np.nan_to_num(found)) - np.nan_to_num(values[:3].astype(np.float32)))[:, away]
     assert error.mean() < max(0.6, 0.01 * top)
+
+
+def test_a_geotiffs_scales_units_and_tags_of_bands_and_of_sensors_are_kept(tiny, tmp_path):
+    raster(tmp_path / "a.tif", pixels(40, 52).transpose(2, 0, 1).astype(np.uint16) * 20, photometric="minisblack", **UTM)
+    with rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.scales, file.offsets, file.units = (0.0001,) * 3, (-0.1, 0.0, 0.0), ("reflectance",) * 3
+        file.update_tags(2, wavelength="560 nm", STATISTICS_MEAN="1"), file.update_tags(ns="SENSOR", gain="3")
+    said, sr = result(tiny, tmp_path / "a.tif")
+    assert sr.scales == (0.0001,) * 3 and sr.offsets == (-0.1, 0.0, 0.0) and sr.units == ("reflectance",) * 3
+    assert sr.tags(2) == {"wavelength": "560 nm"} and sr.tags(ns="SENSOR") == {"gain": "3"} and "scales and offsets" in said
+
+
+@pytest.mark.parametrize("dtype, total, white", [("uint8", 255, "white 0"), ("uint16", 2255, "white 1")])
+def test_where_white_is_the_smaller_value_it_stays_so_and_the_picture_is_the_same(tiny, tmp_path, dtype, total, white):
+    values = pixels(40, 52, 1).transpose(2, 0, 1) + np.asarray((total - 255) // 2, dtype)
+    raster(tmp_path / "up.tif", values, photometric="minisblack")
+    raster(tmp_path / "down.tif", (total - values.astype(int)).astype(dtype), photometric="miniswhite")
+    _, up = result(tiny, tmp_path / "up.tif")
+    said, down = result(tiny, tmp_path / "down.tif")
+    assert down.tags(ns="IMAGE_STRUCTURE")["MINISWHITE"] == "YES" and white in said
+    assert np.abs(up.read().astype(int) - (total - down.read().astype(int))).max() <= 1
+
+
+def test_further_pages_and_coordinates_that_cannot_be_kept_are_named(tiny, tmp_path, monkeypatch, capsys):
+    first, second = (Image.fromarray(pixels(20, 16)) for _ in range(2))
+    for name in ("pages.tif", "moving.gif", "moving.png"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        said, sr = result(tiny, tmp_path / name)
+        assert "left out: 1 further page(s)" in said and (sr.width, sr.height) == (64, 80)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    first.save(tmp_path / "turned.jpg", exif=turned), (tmp_path / "turned.jgw").write_text("2\n0\n0\n-2\n0\n0\n")
+    said, sr = result(tiny, tmp_path / "turned.jpg")
+    assert "left out: coordinates" in said and (sr.width, sr.height) == (80, 64) and not (tmp_path / "turned_sr.jgw").exists()
+    raster(tmp_path / "placed.png", pixels(20, 16).transpose(2, 0, 1), "PNG", **UTM)  # and its .aux.xml
+    said, sr = result(tiny, tmp_path / "placed.png")
+    assert "kept: world file" in said and "left out: coordinates" in said
+    lab = ImageCms.profileToProfile(first, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    lab.save(tmp_path / "lab.tif")
+    said, code = cli(tmp_path, tiny, monkeypatch, capsys, tmp_path / "lab.tif")
+    assert code == 1 and "CIELAB" in said
+    with netcdf_file(tmp_path / "two.nc", "w") as file:
+        file.createDimension("y", 20), file.createDimension("x", 16)
+        for name in ("red", "nir"):
+            file.createVariable(name, "i2", ("y", "x"))[:] = pixels(20, 16, 1)[..., 0]
+    said, code = cli(tmp_path, tiny, monkeypatch, capsys, tmp_path / "two.nc")
+    assert code == 1 and "no bands of its own, but 2 datasets" in said
 
 
 def test_twelve_bits_in_sixteen_keep_their_range_and_a_scale_can_be_given(tiny, tmp_path):
@@ -183,6 +232,10 @@ def test_an_alpha_channel_a_colour_table_and_a_profile_are_kept(tiny, tmp_path):
     said, sr = result(tiny, tmp_path / "rgba.png")
     assert sr.count == 4 and (sr.read(4) == alpha.repeat(4, 0).repeat(4, 1)).all() and "colour profile" in said
     assert Image.open(said.split(": ")[0]).info["icc_profile"] == profile
+    for name in ("rgb.tif", "rgb.webp"):
+        Image.fromarray(pixels(40, 52)).save(tmp_path / name, icc_profile=profile)
+        said, _ = result(tiny, tmp_path / name)
+        assert Image.open(said.split(": ")[0]).info["icc_profile"] == profile and "colour profile" in said
     indices = pixels(40, 52, 1)[..., 0]
     colours = {i: (255 - i, i // 2, i, 255) for i in range(256)}
     with rasterio.open(tmp_path / "table.tif", "w", driver="GTiff", width=52, height=40, count=1, dtype="uint8", photometric="palette", **UTM) as file:
@@ -273,10 +326,10 @@ def test_one_bad_file_does_not_end_a_batch(tiny, tmp_path, monkeypatch, capsys):
     (tmp_path / "cut.tif").write_bytes(b"II*\0\x08\0\0\0")
     row = up.Upscaler.row
 
-    def no_memory(self, r):
+    def no_memory(self, *rest):
         if "a_big" in str(current[-1]):
             raise MemoryError("64 GB")
-        return row(self, r)
+        return row(self, *rest)
 
     current, scene = [], up.Scene
     monkeypatch.setattr(up, "Scene", lambda file, *rest: current.append(file) or scene(file, *rest))
@@ -285,6 +338,29 @@ def test_one_bad_file_does_not_end_a_batch(tiny, tmp_path, monkeypatch, capsys):
     assert code == 1 and "3 of 5 file(s)" in said
     assert all(f"{name}: skipped" in said for name in ("a_big.png", "text.jpg", "cut.tif")) and "64 GB" in said
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"b_small_sr.png", "ü_sr.png"}
+
+
+def test_a_row_is_written_while_the_next_is_computed_and_what_fails_there_is_said(tiny, tmp_path, monkeypatch, capsys):
+    raster(tmp_path / "scene.tif", pixels(300, 40).transpose(2, 0, 1))
+    row, encode, second, overlap = up.Upscaler.row, up.encode, threading.Event(), []
+
+    def compute(self, r, values):
+        if r == 1:
+            second.set()
+        return row(self, r, values)
+
+    def write(scene, top, sr):
+        if top == 0:
+            overlap.append(second.wait(timeout=20))
+        return encode(scene, top, sr)
+
+    monkeypatch.setattr(up.Upscaler, "row", compute), monkeypatch.setattr(up, "encode", write)
+    monkeypatch.setattr(up, "TILE", 48)
+    _, code = cli(tmp_path, tiny, monkeypatch, capsys, tmp_path / "scene.tif", output=str(tmp_path / "a"))
+    assert code == 0 and overlap == [True]
+    monkeypatch.setattr(up, "encode", lambda scene, top, sr: (_ for _ in ()).throw(OSError("No space left on device")))
+    said, code = cli(tmp_path, tiny, monkeypatch, capsys, tmp_path / "scene.tif", output=str(tmp_path / "b"))
+    assert code == 1 and "No space left on device" in said and not list((tmp_path / "b").rglob("*.tif"))
 
 
 def test_a_folders_tree_is_mirrored_as_the_user_named_it_and_links_are_followed(tiny, tmp_path, monkeypatch, capsys):
@@ -329,7 +405,7 @@ up.load_run = lambda run: {{"args": {{"ldm": "x", "base_steps": 2, "max_calls": 
 up.load_agent = lambda *rest: agent
 up.TILE = 48  # small ones, for the test's seconds
 row = up.Upscaler.row
-up.Upscaler.row = lambda self, r: (time.sleep({pause}), row(self, r))[1]
+up.Upscaler.row = lambda self, *rest: (time.sleep({pause}), row(self, *rest))[1]
 up.main(tyro.cli(up.Args))
 """
 
