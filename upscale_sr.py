@@ -84,17 +84,15 @@ class Scene:
     Raises ValueError or rasterio's and Pillow's errors where it cannot be read as what it is."""
 
     def __init__(self, file: Path, bands: tuple[int, int, int] | None, scale: tuple[float, float] | None):
-        self.kind, self.icc, self.cmyk, source = PICTURES.get(file.suffix.lower(), "GTiff"), None, False, None
+        self.kind, self.icc, self.foreign, source = PICTURES.get(file.suffix.lower(), "GTiff"), None, "", None
         self.lock, pages, turned = threading.Lock(), 1, False  # a file is read by one thread at a time
         try:
             with Image.open(file) as image:
-                self.cmyk = image.mode == "CMYK"
-                if image.mode == "LAB":
-                    raise ValueError("its colours are CIELAB's; convert it to RGB")
-                if (image.format != "TIFF" or self.cmyk) and orl.bits_per_channel(file.read_bytes(), image) <= 8:
+                self.foreign = image.mode if image.mode in ("CMYK", "LAB") else ""
+                if (image.format != "TIFF" or self.foreign) and orl.bits_per_channel(file.read_bytes(), image) <= 8:
                     source, pages = self.open_picture(image), getattr(image, "n_frames", 1)
                     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-                    self.icc = None if self.cmyk else image.info.get("icc_profile")
+                    self.icc = None if self.foreign else image.info.get("icc_profile")
         except (OSError, Image.DecompressionBombError):
             pass  # what Pillow does not know, rasterio may
         try:
@@ -145,8 +143,8 @@ class Scene:
     def open_picture(self, image: Image.Image):
         """An 8-bit picture, upright, as rasterio's dataset of 1 to 4 bands."""
         turned = ImageOps.exif_transpose(image)
-        turned = orl.to_srgb(turned) if self.cmyk else turned
-        alpha = "A" in image.getbands() or "transparency" in image.info
+        turned = orl.to_srgb(turned) if self.foreign else turned
+        alpha = "A" in turned.getbands() or "transparency" in image.info
         grey = image.mode in ("1", "L", "LA")
         pixels = np.asarray(turned.convert({(1, 1): "LA", (1, 0): "L", (0, 1): "RGBA", (0, 0): "RGB"}[grey, alpha]))
         pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
@@ -559,7 +557,7 @@ def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: i
     notes += [f"kept: {', '.join(kept)}"] if kept else []
     notes += [f"left out: {', '.join(scene.left_out)}"] if scene.left_out else []
     notes += ["its colour table written as colours"] if scene.palette is not None else []
-    notes += ["CMYK is written as sRGB"] if scene.cmyk else []
+    notes += [f"{scene.foreign} is written as sRGB"] if scene.foreign else []
     tiff = file.suffix.lower() in (".tif", ".tiff")
     notes += [f"{file.suffix} is written as .tif"] if suffix == ".tif" and not tiff else []
     return f"{joined}: {size} in {time.perf_counter() - began:.1f} s; {'; '.join(notes)}"
