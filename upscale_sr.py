@@ -567,6 +567,8 @@ def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     if not args.paths or min(args.batch_size or 1, args.window) < 1:
         stop("name LR images or folders; --batch-size and --window are at least 1")
+    if args.scale and not 0 < abs(args.scale[1] - args.scale[0]) < np.inf:
+        stop("--scale takes two different numbers: the values of black and white")
     files = list_files(args)  # bad input speaks before anything is loaded
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))

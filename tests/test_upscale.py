@@ -386,6 +386,14 @@ def test_what_is_not_there_is_said_before_anything_is_loaded(tmp_path, monkeypat
     assert error.value.code == 2 and words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scale", [(5.0, 5.0), (float("nan"), 1.0), (0.0, float("inf"))])
+def test_a_scale_without_room_between_black_and_white_is_refused(monkeypatch, capsys, scale):
+    monkeypatch.setattr(up, "load_run", lambda run: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as error:
+        up.main(up.Args(paths=(str(ROOT / "runs/scenes/TITLE"),), scale=scale))
+    assert error.value.code == 2 and "two different numbers" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- kills and several processes
 
 SLOW = """
