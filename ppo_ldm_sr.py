@@ -868,8 +868,10 @@ def read_args(argv: list[str] | None) -> tuple[Args, dict]:
     least = {"total_timesteps": 1, "base_steps": 1, "max_calls": 1, "eval_images": 0, "eval_every": 1, "seed": 0}
     # two images are needed for the spread of a minibatch's advantages
     least |= {"crop": LEAST_CROP, "num_minibatches": 1, "update_epochs": 1, "num_envs": 2 * args.num_minibatches}
-    least |= {"vgg_share": 0}
-    most = {"base_steps": 1000, "seed": 2**40, "vgg_share": 1}  # timesteps of the U-Net; 64 bits after scaling
+    least |= {"vgg_share": 0, "gamma": 0, "gae_lambda": 0, "clip_coef": 0, "vf_coef": 0, "max_grad_norm": 0}
+    least |= {"learning_rate": 0, "actor_learning_rate": 0, "edit_std": 1e-6, "reward_scale": 1e-6}
+    most = {"base_steps": 1000, "seed": 2**40}  # timesteps of the U-Net; 64 bits after scaling
+    most |= {"vgg_share": 1, "gamma": 1, "gae_lambda": 1}
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= most.get(name, math.inf):
@@ -902,6 +904,8 @@ def main(argv: list[str] | None = None) -> None:
     train, test = (load_images(args.dataset, split, args.scenes, args.crop, device) for split in ("train", "test"))
     args.dataset = find_images(args.dataset)[2]  # what auto has found is what a resumed run goes on with
     net, mdp = load_lpips(device), Denoising(ldm, args.base_steps, args.max_calls)
+    if not sum(weight for k, weight in enumerate(args.reward_weights) if net or k != 2) > 0:
+        stop("--reward-weights: the sum of those that count is not positive; without LPIPS's weights its own does not")
     perceptual = net  # of the reward in training
     if args.vgg_share and net:
         vgg = load_lpips(device, "vgg") or stop("--vgg-share: no VGG16 weights; leave the flag out")

@@ -307,6 +307,14 @@ def report(args: Args, crops: Crops, device: torch.device) -> str:
 
 def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace")
+    share, count = (0, 0.99), (2, math.inf)
+    bounds = {"small_share": share, "smooth_share": share, "first_share": share, "zoom": (0.1, 1), "layers": (1, 16)}
+    bounds |= {"held_out": count, "batch_autoencoder": count, "batch_unet": count, "batch_decoder": count}
+    for name, (least, most) in bounds.items():
+        if not least <= getattr(args, name) <= most:
+            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}, at most {most}")
+    if args.crop % 16 or args.crop < orl.LEAST_CROP:
+        stop(f"--crop {args.crop} must be a multiple of 16, 4 x the U-Net's stride, from {orl.LEAST_CROP} on")
     device = orl.pick_device(args.device)
     output = Path(args.output)
     print(f"device: {device.type}, {'bf16 autocast' if orl.has_bf16(device) else 'fp32'}")

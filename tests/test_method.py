@@ -480,8 +480,8 @@ def test_ppo_solves_a_bandit_whose_best_action_is_known():
     torch.manual_seed(0)
     args, agent, target = orl.Args(learning_rate=3e-3), orl.Agent(torch.ones(1), 0), torch.tensor([0.6, -0.4])
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
-    maps, numbers, detail = torch.zeros(256, 6, 8, 8).half(), torch.full((256, 4), 0.5), torch.zeros(256, 3, 8, 8).half()
-    edits = {k: torch.zeros(256, 1, 8, 8) for k in ("edits", "edit_logprobs", "credits")}
+    maps, numbers, detail = torch.zeros(256, 6, 4, 4).half(), torch.full((256, 4), 0.5), torch.zeros(256, 3, 4, 4).half()
+    edits = {k: torch.zeros(256, 1, 4, 4) for k in ("edits", "edit_logprobs", "credits")}
     for _ in range(25):
         with torch.no_grad():
             policy, value = agent.policy(maps, numbers), agent.value(maps, numbers, detail)

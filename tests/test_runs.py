@@ -230,6 +230,10 @@ def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tm
         (["--eval-every", "0"], "--eval-every 0"),
         (["--seed", str(2**64)], "--seed"),
         (["--seed", "-1"], "--seed -1"),
+        (["--gamma", "2"], "--gamma 2.0: at least 0, at most 1"),
+        (["--learning-rate", "-1"], "--learning-rate -1.0: at least 0"),
+        (["--edit-std", "nan"], "--edit-std nan"),
+        (["--dataset", "runs/scenes", "--reward-weights", "0", "0", "0", "0"], "is not positive"),
         (["--device", "cuda"], "--device cuda") if not torch.cuda.is_available() else (["--crop", "50"], "--crop 50"),
         (["--dataset", "nowhere/to/be/found"], "no such folder"),
         (["--dataset", "runs/scenes", "--scenes", "volcano"], "no usable image of ['volcano']"),
@@ -238,6 +242,18 @@ def test_bad_settings_end_in_one_sentence_before_anything_is_written(trained, tm
     ):
         assert words in refused(capsys, orl, "--ldm", ldm_folder, "--run-dir", folder, *flags)
         assert not folder.exists()
+    for flag, value in (("--batch-size", 0), ("--limit", -1), ("--seed", -1), ("--crop", 8)):
+        assert flag in refused(capsys, eval_sr, "--agent", trained[0], "--output", folder, flag, value)
+    for flag, value in (("--crop", 50), ("--crop", 32), ("--zoom", 0), ("--small-share", 1), ("--batch-unet", 1)):
+        assert f"{flag} {value}" in refused(capsys, pretrain_ldm, "--output", folder, flag, value)
+    assert not folder.exists()
+
+
+def test_a_reward_of_lpips_alone_is_refused_where_its_weights_are_missing(tmp_path, ldm_folder, monkeypatch, capsys):
+    monkeypatch.setattr(orl, "load_lpips", lambda *rest: None)
+    flags = ("--ldm", ldm_folder, "--dataset", "runs/scenes", "--reward-weights", "0", "0", "1", "0")
+    assert "without LPIPS's weights" in refused(capsys, orl, "--run-dir", tmp_path / "never", *flags)
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
