@@ -309,7 +309,7 @@ class Upscaler:
                 bottom = 4 * self.scene.height if r == self.num_rows - 1 else top + side - fades
                 skip = max(0, -top)
                 yield top + skip, strip[:, skip : bottom - top]
-                del strip  # not held while the next one is computed
+                del strip  # the next one is computed while only the writer holds it
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -444,6 +444,7 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
             image.save(half, format=scene.kind, icc_profile=scene.icc, **options)
         else:
             size = {"height": pixels.shape[1], "width": pixels.shape[2], "count": len(pixels), "dtype": pixels.dtype}
+            size |= {"SOURCE_ICC_PROFILE": base64.b64encode(scene.icc).decode()} if scene.icc else {}
             with rasterio.open(half, "w", driver="PNG", **size) as file:
                 file.write(pixels)
         os.replace(half, target)

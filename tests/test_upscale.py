@@ -1,5 +1,6 @@
 """Users' own images: what comes out is what went in, four times as large, whatever the windows, kills and processes."""
 
+import base64
 import functools
 import os
 import signal
@@ -232,6 +233,10 @@ def test_an_alpha_channel_a_colour_table_and_a_profile_are_kept(tiny, tmp_path):
         Image.fromarray(pixels(40, 52)).save(tmp_path / name, icc_profile=profile)
         said, _ = result(tiny, tmp_path / name)
         assert Image.open(said.split(": ")[0]).info["icc_profile"] == profile and "colour profile" in said
+    deep = {"driver": "PNG", "SOURCE_ICC_PROFILE": base64.b64encode(profile).decode()}
+    raster(tmp_path / "deep.png", pixels(40, 52).transpose(2, 0, 1).astype(np.uint16) * 200, **deep)
+    said, sr = result(tiny, tmp_path / "deep.png")
+    assert sr.dtypes[0] == "uint16" and Image.open(said.split(": ")[0]).info["icc_profile"] == profile and "colour profile" in said
     indices = pixels(40, 52, 1)[..., 0]
     colours = {i: (255 - i, i // 2, i, 255) for i in range(256)}
     with rasterio.open(tmp_path / "table.tif", "w", driver="GTiff", width=52, height=40, count=1, dtype="uint8", photometric="palette", **UTM) as file:
