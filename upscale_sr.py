@@ -322,7 +322,7 @@ def profile_of(scene: Scene, height: int) -> dict:
     photometric = "rgb" if rgb else "miniswhite" if scene.inverted and scene.count == 1 else "minisblack"
     return {"driver": "GTiff", "width": 4 * scene.width, "height": height, "count": count, "dtype": scene.dtype,
             "nodata": nodata, "photometric": photometric,
-            "compress": "deflate", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
+            "compress": "deflate", "NUM_THREADS": "ALL_CPUS", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
 
 
 def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -452,7 +452,7 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
     together = target.with_suffix(".joining.vrt")
     kept = write_vrt(scene, parts, together)
     profile = profile_of(scene, 4 * scene.height)
-    options = {k: profile[k] for k in ("photometric", "compress", "tiled", "BIGTIFF")}
+    options = {k: profile[k] for k in ("photometric", "compress", "NUM_THREADS", "tiled", "BIGTIFF")}
     rasterio.shutil.copy(together, half, driver="GTiff", **options)
     together.unlink()
     with rasterio.open(half, "r+") as file:
