@@ -408,7 +408,7 @@ def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
     torch.manual_seed(0)
     args, agent = orl.Args(learning_rate=3e-3), orl.Agent(torch.ones(1), 0)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
-    maps, numbers = torch.randn(64, 6, 8, 8).half(), torch.zeros(64, 4)
+    maps, numbers = torch.randn(32, 6, 8, 8).half(), torch.zeros(32, 4)
     target = 0.5 * maps[:, :1].float().tanh() + 0.2 * maps[:, 1:2].float().clamp(-1, 1)
 
     def error():
@@ -416,8 +416,8 @@ def test_ppo_solves_a_bandit_of_maps_whose_best_map_is_known():
             return (agent.edit_policy(maps, numbers).mean - target).square().mean() / target.square().mean()
 
     assert error() > 0.99
-    steps = {"maps": maps, "numbers": numbers, "detail": torch.zeros(64, 3, 8, 8).half(), "actions": torch.zeros(64, 2)}
-    steps |= {k: torch.zeros(64) for k in ("values", "advantages", "returns", "logprobs")} | {"matters": torch.ones(64, 2)}
+    steps = {"maps": maps, "numbers": numbers, "detail": torch.zeros(32, 3, 8, 8).half(), "actions": torch.zeros(32, 2)}
+    steps |= {k: torch.zeros(32) for k in ("values", "advantages", "returns", "logprobs")} | {"matters": torch.ones(32, 2)}
     for left in torch.linspace(1, 0.025, 40).tolist():
         optimizer.param_groups[0]["lr"] = args.learning_rate * left  # rate and spread are annealed, as in a run
         agent.edit_std.fill_(0.3 * (0.25 + 0.75 * left))
