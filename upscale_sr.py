@@ -437,7 +437,7 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
             world_file(scene, target)
             kept.append("world file")
         if scene.placed.crs or scene.placed.gcps[0]:
-            scene.left_out.append(f"coordinates that a {scene.kind} cannot hold; save it as .tif first")
+            scene.left_out.append("coordinate system or control points, for which a .tif has a place")
         if pixels.dtype == np.uint8:
             image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
             options = {"quality": 95, "subsampling": 0} if scene.kind == "JPEG" else {}

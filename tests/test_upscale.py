@@ -192,7 +192,7 @@ def test_further_pages_and_coordinates_that_cannot_be_kept_are_named(tiny, tmp_p
     assert "left out: coordinates" in said and (sr.width, sr.height) == (80, 64) and not (tmp_path / "turned_sr.jgw").exists()
     raster(tmp_path / "placed.png", pixels(20, 16).transpose(2, 0, 1), "PNG", **UTM)  # and its .aux.xml
     said, sr = result(tiny, tmp_path / "placed.png")
-    assert "kept: world file" in said and "left out: coordinates" in said
+    assert "kept: world file" in said and "left out: coordinate system or control points" in said
     with netcdf_file(tmp_path / "two.nc", "w") as file:
         file.createDimension("y", 20), file.createDimension("x", 16)
         for name in ("red", "nir"):
