@@ -462,8 +462,7 @@ def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace")  # the table's arrow, on a console that has none
     if args.images is not None:
         stop("--images: your own images are upscale_sr.py's: python upscale_sr.py IMAGES_OR_FOLDERS --output FOLDER")
-    if min(args.batch_size - 1, args.limit, args.seed) < 0 or not (args.crop == 0 or args.crop >= orl.LEAST_CROP):
-        stop(f"--batch-size is at least 1, --limit and --seed 0, --crop {orl.LEAST_CROP}, or 0: the whole image")
+    orl.check_bounds(args, {"batch_size": 1, "limit": 0, "seed": 0, "crop": orl.LEAST_CROP if args.crop else 0}, {})
     device, run = orl.pick_device(args.device), orl.locate(args.agent)
     state = load_run(run)
     ldm_name = args.ldm or state["args"]["ldm"]

@@ -848,6 +848,14 @@ def load_run(path: Path) -> dict:
     return content
 
 
+def check_bounds(args, least: dict[str, float], most: dict[str, float]) -> None:
+    """Ends the program where a setting is below the least, or above the most, that it may be; None is a default."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= most.get(name, math.inf):
+            stop(f"--{name.replace('_', '-')} {value}: at least {low}, at most {most.get(name, 'as you like')}")
+
+
 def read_args(argv: list[str] | None) -> tuple[Args, dict]:
     """Command line -> settings, and what a run to resume has saved; what cannot work ends the program at once."""
     args, saved = tyro.cli(Args, description=__doc__.split("One step")[0], args=argv), {}  # --help: a screen
@@ -872,10 +880,7 @@ def read_args(argv: list[str] | None) -> tuple[Args, dict]:
     least |= {"learning_rate": 0, "actor_learning_rate": 0, "edit_std": 1e-6, "reward_scale": 1e-6}
     most = {"base_steps": 1000, "seed": 2**40}  # timesteps of the U-Net; 64 bits after scaling
     most |= {"vgg_share": 1, "gamma": 1, "gae_lambda": 1}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= most.get(name, math.inf):
-            stop(f"--{name.replace('_', '-')} {value}: at least {low}, at most {most.get(name, 'as you like')}")
+    check_bounds(args, least, most)
     return args, saved
 
 
@@ -904,7 +909,7 @@ def main(argv: list[str] | None = None) -> None:
     train, test = (load_images(args.dataset, split, args.scenes, args.crop, device) for split in ("train", "test"))
     args.dataset = find_images(args.dataset)[2]  # what auto has found is what a resumed run goes on with
     net, mdp = load_lpips(device), Denoising(ldm, args.base_steps, args.max_calls)
-    if not sum(weight for k, weight in enumerate(args.reward_weights) if net or k != 2) > 0:
+    if not sum(args.reward_weights) - (0 if net else args.reward_weights[2]) > 0:
         stop("--reward-weights: the sum of those that count is not positive; without LPIPS's weights its own does not")
     perceptual = net  # of the reward in training
     if args.vgg_share and net:

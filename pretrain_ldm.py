@@ -307,12 +307,10 @@ def report(args: Args, crops: Crops, device: torch.device) -> str:
 
 def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace")
-    share, count = (0, 0.99), (2, math.inf)
-    bounds = {"small_share": share, "smooth_share": share, "first_share": share, "zoom": (0.1, 1), "layers": (1, 16)}
-    bounds |= {"held_out": count, "batch_autoencoder": count, "batch_unet": count, "batch_decoder": count}
-    for name, (least, most) in bounds.items():
-        if not least <= getattr(args, name) <= most:
-            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}, at most {most}")
+    least = {"held_out": 2, "batch_autoencoder": 2, "batch_unet": 2, "batch_decoder": 2, "layers": 1, "zoom": 0.1}
+    least |= {"small_share": 0, "smooth_share": 0, "first_share": 0}
+    most = {"small_share": 0.99, "smooth_share": 0.99, "first_share": 0.99, "zoom": 1, "layers": 16}
+    orl.check_bounds(args, least, most)
     if args.crop % 16 or args.crop < orl.LEAST_CROP:
         stop(f"--crop {args.crop} must be a multiple of 16, 4 x the U-Net's stride, from {orl.LEAST_CROP} on")
     device = orl.pick_device(args.device)

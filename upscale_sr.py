@@ -92,7 +92,8 @@ class Scene:
                 if (image.format != "TIFF" or self.foreign) and orl.bits_per_channel(file.read_bytes(), image) <= 8:
                     source, pages = self.open_picture(image), getattr(image, "n_frames", 1)
                     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-                    self.icc = None if self.foreign else image.info.get("icc_profile")
+                    profile = None if self.foreign else image.info.get("icc_profile")
+                    self.icc = base64.b64encode(profile).decode() if profile else None  # as GDAL has it
         except (OSError, Image.DecompressionBombError):
             pass  # what Pillow does not know, rasterio may
         try:
@@ -105,8 +106,7 @@ class Scene:
             source, pages = self.placed, len(self.placed.subdatasets)
             if not source.count:
                 raise ValueError(f"it has no bands of its own, but {pages} datasets inside; take one out, as a .tif")
-            profile = source.tags(ns="COLOR_PROFILE").get("SOURCE_ICC_PROFILE")
-            self.icc = base64.b64decode(profile) if profile else None
+            self.icc = source.tags(ns="COLOR_PROFILE").get("SOURCE_ICC_PROFILE")
         self.source = source
         self.left_out = [f"{pages - 1} further page(s)"] if pages > 1 else []  # in words
         if turned and not self.placed.transform.is_identity:
@@ -370,7 +370,7 @@ def describe(scene: Scene, target) -> list[str]:
     target.update_tags(**{k: v for k, v in placed.tags().items() if k != "AREA_OR_POINT"})
     copy_tags(scene, target)
     if scene.icc:
-        target.update_tags(ns="COLOR_PROFILE", SOURCE_ICC_PROFILE=base64.b64encode(scene.icc).decode())
+        target.update_tags(ns="COLOR_PROFILE", SOURCE_ICC_PROFILE=scene.icc)
         kept.append("colour profile")
     bands = scene.bands if scene.palette is None else ()
     for k, band in enumerate(bands, 1):
@@ -441,10 +441,11 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
         if pixels.dtype == np.uint8:
             image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
             options = {"quality": 95, "subsampling": 0} if scene.kind == "JPEG" else {}
-            image.save(half, format=scene.kind, icc_profile=scene.icc, **options)
+            options["icc_profile"] = base64.b64decode(scene.icc) if scene.icc else None
+            image.save(half, format=scene.kind, **options)
         else:
             size = {"height": pixels.shape[1], "width": pixels.shape[2], "count": len(pixels), "dtype": pixels.dtype}
-            size |= {"SOURCE_ICC_PROFILE": base64.b64encode(scene.icc).decode()} if scene.icc else {}
+            size |= {"SOURCE_ICC_PROFILE": scene.icc} if scene.icc else {}
             with rasterio.open(half, "w", driver="PNG", **size) as file:
                 file.write(pixels)
         os.replace(half, target)
