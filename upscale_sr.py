@@ -55,6 +55,8 @@ EDGE = OVERLAP // 2
 BLOCK = 256  # latent cells a side that one generator draws noise for
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # written as such; everything else as GeoTIFF
 WRITTEN = 128  # SR rows turned into the scene's type at once
+# no mask in a file of its own, whatever the user has set; bytes of blocks that are not decoded again for each row
+GDAL = {"GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": 256_000_000}
 OF_THE_FILE = {"IMAGE_STRUCTURE", "SUBDATASETS", "DERIVED_SUBDATASETS", "COLOR_PROFILE", "RPC"}  # tags not to copy
 COLOURS = {1: [ColorInterp.gray], 3: [ColorInterp.red, ColorInterp.green, ColorInterp.blue]}
 warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
@@ -429,35 +431,34 @@ def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: i
 
 def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
     """All parts as one file -> what was kept of the scene, in words."""
-    half = target.with_name(target.name + ".half")
-    if scene.kind != "GTiff":
-        pixels = np.concatenate([rasterio.open(part).read() for part in parts], axis=1)
+    half, together = target.with_name(target.name + ".half"), target.with_suffix(".joining.vrt")
+    kept = write_vrt(scene, parts, together)
+    if scene.kind == "GTiff":
+        profile = profile_of(scene, 4 * scene.height)
+        options = {k: profile[k] for k in ("photometric", "compress", "NUM_THREADS", "tiled", "BIGTIFF")}
+        rasterio.shutil.copy(together, half, driver="GTiff", **options)
+        with rasterio.open(half, "r+") as file:
+            copy_tags(scene, file)
+    else:
         kept = ["colour profile"] if scene.icc else []
         if not scene.placed.transform.is_identity:
             world_file(scene, target)
             kept.append("world file")
         if scene.placed.crs or scene.placed.gcps[0]:
             scene.left_out.append("coordinate system or control points, for which a .tif has a place")
-        if pixels.dtype == np.uint8:
-            image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-            options = {"quality": 95, "subsampling": 0} if scene.kind == "JPEG" else {}
-            options["icc_profile"] = base64.b64decode(scene.icc) if scene.icc else None
-            image.save(half, format=scene.kind, **options)
-        else:
-            size = {"height": pixels.shape[1], "width": pixels.shape[2], "count": len(pixels), "dtype": pixels.dtype}
-            size |= {"SOURCE_ICC_PROFILE": scene.icc} if scene.icc else {}
-            with rasterio.open(half, "w", driver="PNG", **size) as file:
-                file.write(pixels)
-        os.replace(half, target)
-        return kept
-    together = target.with_suffix(".joining.vrt")
-    kept = write_vrt(scene, parts, together)
-    profile = profile_of(scene, 4 * scene.height)
-    options = {k: profile[k] for k in ("photometric", "compress", "NUM_THREADS", "tiled", "BIGTIFF")}
-    rasterio.shutil.copy(together, half, driver="GTiff", **options)
+        if scene.kind == "PNG":
+            with rasterio.Env(GDAL_PAM_ENABLED=False):  # no .aux.xml
+                rasterio.shutil.copy(together, half, driver="PNG")
+        else:  # not GDAL's JPEG, which has colours at half the resolution
+            image, top = Image.new("L" if scene.count == 1 else "RGB", (4 * scene.width, 4 * scene.height)), 0
+            for part in parts:
+                with rasterio.open(part) as file:
+                    pixels = file.read()
+                image.paste(Image.fromarray(pixels[0] if scene.count == 1 else pixels.transpose(1, 2, 0)), (0, top))
+                top += pixels.shape[1]
+            profile = base64.b64decode(scene.icc) if scene.icc else None
+            image.save(half, format="JPEG", quality=95, subsampling=0, icc_profile=profile)
     together.unlink()
-    with rasterio.open(half, "r+") as file:
-        copy_tags(scene, file)
     os.replace(half, target)
     return kept
 
@@ -591,8 +592,7 @@ def main(args: Args) -> None:
         if world > 1 and small and k % world != rank:
             continue  # a small image is one process's
         try:
-            # no mask in a file of its own, whatever the user has set; GDAL's cache would take 5% of the memory
-            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, GDAL_CACHEMAX=128):
+            with rasterio.Env(**GDAL):
                 share = (0, 1) if small else (rank, world)
                 print(super_resolve_file(args, file, target, mdp, agent, *share))
         except Exception as error:  # whatever one file raises, the others go on

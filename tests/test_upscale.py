@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -96,6 +97,45 @@ def test_neither_windows_nor_batches_nor_what_is_read_at_once_change_a_pixel(tin
         made.append(sr.read().astype(int))
     assert np.abs(made[0] - made[1]).max() <= 1 and np.abs(made[0] - made[2]).max() <= 1
     assert made[0].std() > 10
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "deep.png"])
+def test_a_picture_is_joined_without_its_pixels_in_memory_at_once(tmp_path, name):
+    values = pixels(250, 500).transpose(2, 0, 1)
+    if name == "deep.png":
+        raster(tmp_path / name, values.astype(np.uint16) * 200, "PNG")
+    else:
+        Image.fromarray(values.transpose(1, 2, 0)).save(tmp_path / name)
+    scene, whole = up.Scene(tmp_path / name, None, None), []
+    (tmp_path / "parts").mkdir()
+    for k in range(5):
+        part = pixels(200, 2000).transpose(2, 0, 1).astype(scene.dtype)
+        whole.append(raster(tmp_path / "parts" / f"{k}.tif", part, **{k: v for k, v in up.profile_of(scene, 200).items() if k in ("photometric", "tiled")}))
+    tracemalloc.start()
+    up.join(scene, whole, tmp_path / f"out_{name}")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    joined, expected = rasterio.open(tmp_path / f"out_{name}").read(), np.concatenate([rasterio.open(part).read() for part in whole], 1)
+    assert peak < 0.6 * expected.nbytes  # a part, twice
+    assert joined.shape == expected.shape and np.abs(joined.astype(int) - expected).mean() < (2 if name == "a.jpg" else 1e-9)
+    assert sorted(path.name for path in tmp_path.glob("*out_*")) == [f"out_{name}"]
+
+
+def test_a_compressed_block_is_not_decoded_again_for_each_of_its_rows(tiny, tmp_path, monkeypatch, capsys):
+    lossless = {"QUALITY": 100, "REVERSIBLE": "YES", "BLOCKXSIZE": 1024, "BLOCKYSIZE": 1024}
+    raster(tmp_path / "a.jp2", rng.integers(0, 4096, (3, 1024, 1024), dtype=np.uint16), "JP2OpenJPEG", **lossless)
+    seconds = []
+
+    def read(args, file, *_):
+        scene = up.Scene(file, None, (0, 4096))
+        for first in range(0, 320, 32):
+            began = time.perf_counter()
+            scene.read(first, first + 32)
+            seconds.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(up, "super_resolve_file", read)
+    cli(tmp_path, tiny, monkeypatch, capsys, tmp_path / "a.jp2")
+    assert len(seconds) == 10 and sum(seconds[1:]) < seconds[0]
 
 
 def test_a_place_has_the_same_noise_whoever_asks(tiny):
