@@ -91,7 +91,8 @@ class Scene:
         try:
             with Image.open(file) as image:
                 self.foreign = image.mode if image.mode in ("CMYK", "LAB") else ""
-                if (image.format != "TIFF" or self.foreign) and orl.bits_per_channel(file.read_bytes(), image) <= 8:
+                raster = image.format in ("TIFF", "JPEG2000") and not self.foreign  # which rasterio reads in windows
+                if not raster and orl.bits_per_channel(file.read_bytes(), image) <= 8:
                     source, pages = self.open_picture(image), getattr(image, "n_frames", 1)
                     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
                     profile = None if self.foreign else image.info.get("icc_profile")

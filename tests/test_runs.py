@@ -264,9 +264,10 @@ def test_on_cuda_a_run_trains_end_to_end_and_its_table_says_so(tmp_path):
 
 
 @pytest.mark.skipif(not (ROOT / "runs/orl_ldm/agent.pt").is_file(), reason="no trained agent in runs/orl_ldm yet")
-def test_the_shipped_agent_super_resolves_a_photo(tmp_path):
+def test_the_shipped_agent_super_resolves_a_photo(tmp_path, capsys):
     photo = next((ROOT / "runs/scenes/test/river").glob("*.jpg"))
-    said = run("upscale_sr.py", photo, "--output", tmp_path)
+    upscale_sr.main(upscale_sr.Args((str(photo),), output=str(tmp_path)))
+    said = capsys.readouterr().out
     assert "256 x 256 -> 1024 x 1024" in said and (tmp_path / f"{photo.stem}_sr.jpg").stat().st_size > 10_000
 
 
@@ -289,13 +290,13 @@ def test_the_shipped_agent_keeps_its_gain_over_the_plain_ldm():
 
 def test_pretraining_writes_an_ldm_that_loads_and_goes_on_where_it_stopped(tmp_path, capsys):
     folder = tmp_path / "ldm"
-    flags = ["--dataset", "runs/scenes", "--output", folder, "--crop", "64", "--layers", "1", "--batch-unet", "8", "--batch-decoder", "4", "--report-images", "1"]
+    flags = ["--dataset", "runs/scenes", "--output", folder, "--crop", "64", "--layers", "1", "--batch-unet", "4", "--batch-decoder", "2", "--report-images", "1"]
     said = run("pretrain_ldm.py", *flags, "--minutes-autoencoder", "0.03", "--minutes-unet", "0.03", "--minutes-decoder", "0.03")
     assert "plain DDIM, 100 step(s)" in said and "PCA of 4 x 4 patches, 8 channels" in said and "grid |" in said
     first = json.loads((folder / "training.json").read_text())
     flags += ["--minutes-autoencoder", "0", "--minutes-decoder", "0"]
     assert "holds a model; go on with --resume" in refused(capsys, pretrain_ldm, *flags, "--minutes-unet", "0.03")
-    run("pretrain_ldm.py", *flags, "--resume", "--minutes-unet", "0.03")
+    pretrain_ldm.main(tyro.cli(pretrain_ldm.Args, args=[*map(str, flags), "--resume", "--minutes-unet", "0.03"]))
     second = json.loads((folder / "training.json").read_text())
     assert all(second[k] == first[k] > 0 for k in ("autoencoder", "decoder")) and second["unet"] > first["unet"] > 0
     assert orl.load_ldm(str(folder), torch.device("cpu")).latent_channels == 8

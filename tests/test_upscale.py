@@ -13,6 +13,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import torch
 from conftest import ROOT, tiny_ldm
 from PIL import ExifTags, Image, ImageCms
@@ -332,6 +333,21 @@ def test_a_mask_stays_a_mask_and_leaves_no_second_file(tiny, tmp_path, monkeypat
     for file in (sr, joined):
         assert ((file.dataset_mask() > 0) == (mask > 0).repeat(4, 0).repeat(4, 1)).all()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a_sr.tif"]
+
+
+def test_an_8_bit_jpeg_2000_scene_is_read_in_windows_with_its_alpha_and_its_place(tiny, tmp_path):
+    values = np.concatenate([pixels(40, 52), np.full((40, 52, 1), 255, np.uint8)], -1).transpose(2, 0, 1).copy()
+    values[3, :, 30:] = 0
+    lossless, colours = {"QUALITY": 100, "REVERSIBLE": "YES"}, rasterio.enums.ColorInterp
+    with rasterio.open(tmp_path / "rgba.tif", "w", driver="GTiff", count=4, height=40, width=52, dtype="uint8", **UTM) as file:
+        file.write(values)
+        file.colorinterp = [colours.red, colours.green, colours.blue, colours.alpha]
+    rasterio.shutil.copy(tmp_path / "rgba.tif", tmp_path / "a.jp2", driver="JP2OpenJPEG", **lossless)
+    assert up.Scene(tmp_path / "a.jp2", None, None).source.driver == "JP2OpenJPEG"
+    said, sr = result(tiny, tmp_path / "a.jp2")
+    assert sr.count == 4 and sr.dtypes[0] == "uint8" and "black 0, white 255" in said and sr.crs == UTM["crs"]
+    assert (sr.read(4) == values[3].repeat(4, 0).repeat(4, 1)).all()
+    assert np.abs(half_again(sr.read()[:3]) - values[:3])[:, :, :28].mean() < 3
 
 
 def test_a_phones_photograph_comes_out_upright(tiny, tmp_path):
