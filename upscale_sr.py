@@ -93,8 +93,8 @@ class Scene:
                 self.foreign = image.mode if image.mode in ("CMYK", "LAB") else ""
                 raster = image.format in ("TIFF", "JPEG2000") and not self.foreign  # which rasterio reads in windows
                 if not raster and orl.bits_per_channel(file.read_bytes(), image) <= 8:
-                    source, pages = self.open_picture(image), getattr(image, "n_frames", 1)
                     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                    source, pages = self.open_picture(image), getattr(image, "n_frames", 1)
                     profile = None if self.foreign else image.info.get("icc_profile")
                     self.icc = base64.b64encode(profile).decode() if profile else None  # as GDAL has it
         except (OSError, Image.DecompressionBombError):
@@ -145,18 +145,20 @@ class Scene:
 
     def open_picture(self, image: Image.Image):
         """An 8-bit picture, upright, as rasterio's dataset of 1 to 4 bands."""
-        turned = ImageOps.exif_transpose(image)
-        turned = orl.to_srgb(turned) if self.foreign else turned
-        alpha = "A" in turned.getbands() or "transparency" in image.info
-        grey = image.mode in ("1", "L", "LA")
-        pixels = np.asarray(turned.convert({(1, 1): "LA", (1, 0): "L", (0, 1): "RGBA", (0, 0): "RGB"}[grey, alpha]))
-        pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+        grey, transparent = image.mode in ("1", "L", "LA"), "transparency" in image.info
+        ImageOps.exif_transpose(image, in_place=True)
+        image = orl.to_srgb(image) if self.foreign else image
+        alpha = transparent or "A" in image.getbands()
+        mode = {(1, 1): "LA", (1, 0): "L", (0, 1): "RGBA", (0, 0): "RGB"}[grey, alpha]
         self.memory = rasterio.MemoryFile()
-        profile = {"driver": "GTiff", "count": len(pixels), "height": pixels.shape[1], "width": pixels.shape[2]}
+        profile = {"driver": "GTiff", "count": len(mode), "height": image.height, "width": image.width}
         with self.memory.open(**profile, dtype="uint8", photometric="minisblack" if grey else "rgb") as target:
             if alpha:
-                target.colorinterp = [*COLOURS[len(pixels) - 1], ColorInterp.alpha]
-            target.write(pixels)
+                target.colorinterp = [*COLOURS[len(mode) - 1], ColorInterp.alpha]
+            for top in range(0, image.height, 1024):  # not at once: it may be large
+                rows = image.crop((0, top, image.width, min(top + 1024, image.height))).convert(mode)
+                pixels = np.atleast_3d(np.asarray(rows)).transpose(2, 0, 1)
+                target.write(pixels, window=Window(0, top, image.width, rows.height))
         return self.memory.open()
 
     def percentiles(self) -> tuple[float, float]:
