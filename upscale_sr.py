@@ -4,10 +4,11 @@ whole satellite scenes, folders.
     python upscale_sr.py photo.png scene.tif folder/ --output out         # NAME_sr.png, NAME_sr.tif, out/**/NAME_sr.*
     torchrun --nproc-per-node 4 upscale_sr.py scene.tif --output out      # four processes share it: out/scene_sr.vrt
 
-A scene is read, computed and written by rows of tiles, so that memory does not grow with its height. Where tiles lie
-and what noise a pixel begins with depend on the pixel's place alone, and the agent's noise and stride are taken once
-from tiles all over the scene: neither --window nor the number of processes changes a value. What is finished is kept
-in NAME_sr.tif.parts until all is; the same command goes on there.
+A scene is read, computed and written by rows of tiles, so that memory does not grow with its height; only pictures
+(PNG, JPEG, WebP, ...) are read at once, at 9 bytes a pixel, and a JPEG is written at once, at 4. Where tiles lie and
+what noise a pixel begins with depend on the pixel's place alone, and the agent's noise and stride are taken once from
+tiles all over the scene: neither --window nor the number of processes changes a value. What is finished is kept in
+NAME_sr.tif.parts until all is; the same command goes on there.
 
 What comes out is what went in: kind of file (what can be read but not written so becomes .tif), bands (one band as
 grey), type, holes, coordinates of every kind, tags, scales and units of bands, colour profile; what cannot be kept is

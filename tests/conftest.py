@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from diffusers import UNet2DModel
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,7 @@ if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
     os.environ["TORCH_HOME"] = str(SHARED / "torch_home")
 
 import ppo_ldm_sr as orl  # noqa: E402
+import pretrain_ldm  # noqa: E402
 
 SMALL = ["--scenes", "desert", "river", "--num-envs", "8", "--max-calls", "3", "--crop", "64", "--eval-images", "2", "--eval-every", "1"]
 
@@ -28,7 +30,7 @@ def unreachable(*_, **__):
 
 def tiny_ldm(folder, prediction_type="epsilon", latent_channels=3, spacing="leading", clip_sample=False):
     """A random LDM of CompVis' classes (UNet2DModel, VQModel, DDIMScheduler), saved in diffusers' layout."""
-    from diffusers import DDIMScheduler, UNet2DModel, VQModel
+    from diffusers import DDIMScheduler, VQModel
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution import (
         LDMSuperResolutionPipeline,
     )
@@ -49,6 +51,13 @@ def tiny_ldm(folder, prediction_type="epsilon", latent_channels=3, spacing="lead
     pipeline = LDMSuperResolutionPipeline(vqvae=vqvae, unet=unet, scheduler=scheduler)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+@pytest.fixture
+def small_unet(monkeypatch):
+    """Pretraining makes a U-Net of fewer channels."""
+    make, small = pretrain_ldm.make_unet, {"block_out_channels": (32, 32, 64)}
+    monkeypatch.setattr(pretrain_ldm, "make_unet", lambda layers: UNet2DModel.from_config({**make(layers).config, **small}))
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ def test_without_vgg16_the_flag_that_is_named_is_left_out_and_the_run_goes(tmp_p
     train(nothing, *flags)
 
 
-def test_a_pretraining_that_broke_goes_on_with_resume_and_a_lower_rate(tmp_path, capsys):
+def test_a_pretraining_that_broke_goes_on_with_resume_and_a_lower_rate(small_unet, tmp_path, capsys):
     flags = ["--dataset", "runs/scenes", "--output", str(tmp_path / "ldm"), "--crop", "64", "--layers", "1", "--batch-unet", "4"]
     flags += ["--report-images", "1", "--minutes-decoder", "0", "--minutes-unet", "0.05", "--minutes-autoencoder"]
     assert "has no vqvae yet; give it some" in refused(capsys, pretrain_ldm, *flags, "0")

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -288,15 +289,17 @@ def test_the_shipped_agent_keeps_its_gain_over_the_plain_ldm():
         assert agent["lpips"] < min(plain["lpips"], same["lpips"] - 0.15) and agent["grid"] < 3
 
 
-def test_pretraining_writes_an_ldm_that_loads_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_pretraining_writes_an_ldm_that_loads_and_goes_on_where_it_stopped(small_unet, tmp_path, capsys):
     folder = tmp_path / "ldm"
-    flags = ["--dataset", "runs/scenes", "--output", folder, "--crop", "64", "--layers", "1", "--batch-unet", "4", "--batch-decoder", "2", "--report-images", "1"]
-    said = run("pretrain_ldm.py", *flags, "--minutes-autoencoder", "0.03", "--minutes-unet", "0.03", "--minutes-decoder", "0.03")
+    flags = ["--dataset", "runs/scenes", "--output", str(folder), "--crop", "64", "--layers", "1", "--batch-unet", "4", "--batch-decoder", "2", "--report-images", "1"]
+    all_parts = ["--minutes-autoencoder", "0.03", "--minutes-unet", "0.03", "--minutes-decoder", "0.03"]
+    pretrain_ldm.main(tyro.cli(pretrain_ldm.Args, args=flags + all_parts))
+    said = capsys.readouterr().out
     assert "plain DDIM, 100 step(s)" in said and "PCA of 4 x 4 patches, 8 channels" in said and "grid |" in said
     first = json.loads((folder / "training.json").read_text())
-    flags += ["--minutes-autoencoder", "0", "--minutes-decoder", "0"]
-    assert "holds a model; go on with --resume" in refused(capsys, pretrain_ldm, *flags, "--minutes-unet", "0.03")
-    pretrain_ldm.main(tyro.cli(pretrain_ldm.Args, args=[*map(str, flags), "--resume", "--minutes-unet", "0.03"]))
+    flags += ["--minutes-autoencoder", "0", "--minutes-decoder", "0", "--minutes-unet", "0.03"]
+    assert "holds a model; go on with --resume" in refused(capsys, pretrain_ldm, *flags)
+    run("pretrain_ldm.py", *flags, "--resume")
     second = json.loads((folder / "training.json").read_text())
     assert all(second[k] == first[k] > 0 for k in ("autoencoder", "decoder")) and second["unet"] > first["unet"] > 0
     assert orl.load_ldm(str(folder), torch.device("cpu")).latent_channels == 8
@@ -366,7 +369,7 @@ def test_a_whole_iteration_stays_on_its_device_and_seldom_makes_the_host_wait(ld
         monkeypatch.setattr(orl, "has_bf16", lambda device: False)
         off = torch.autocast("cpu", enabled=False)
         monkeypatch.setattr(torch, "autocast", lambda *rest, **more: off)
-    args = orl.Args(num_envs=8, crop=64)
+    args = orl.Args(num_envs=4, crop=64)
     with seen or contextlib.nullcontext():
         ldm = orl.load_ldm(str(ldm_folder), device)
         images, mdp = orl.load_images(str(image_folder), "train", (), 64, device), orl.Denoising(ldm, 3, 5)
@@ -388,9 +391,13 @@ def test_a_whole_iteration_stays_on_its_device_and_seldom_makes_the_host_wait(ld
         assert updated == rolled, seen.waits  # the update never waits
 
 
-@pytest.mark.parametrize("console", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "cp1252"}])
-def test_a_console_of_few_characters_gets_the_table_and_the_file_is_utf8(trained, tmp_path, console):
+def test_a_console_of_few_characters_gets_the_table_and_the_file_is_utf8(trained, tmp_path, monkeypatch):
+    flags = ["--agent", str(trained[0]), "--limit", "1", "--scenes", "river", "--output", str(tmp_path)]
     table = "import eval_sr, tyro; eval_sr.pictures = lambda *rest: []; eval_sr.main(tyro.cli(eval_sr.Args))"  # no pictures
-    said = run("-c", table, "--agent", trained[0], "--limit", 1, "--scenes", "river", "--output", tmp_path, **console)
-    assert "22." in said or "dB" in said
-    assert "\u2192" in (tmp_path / "table.md").read_text("utf-8")
+    said = run("-c", table, *flags, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert "dB" in said and "\u2192" in (tmp_path / "table.md").read_text("utf-8")
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(eval_sr, "pictures", lambda *rest: []), monkeypatch.setattr(sys, "stdout", console)
+    eval_sr.main(tyro.cli(eval_sr.Args, args=flags))
+    console.flush()
+    assert b"dB" in console.buffer.getvalue() and "\u2192" in (tmp_path / "table.md").read_text("utf-8")
