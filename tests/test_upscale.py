@@ -1,10 +1,10 @@
 """Users' own images: what comes out is what went in, four times as large, whatever the windows, kills and processes."""
 
 import base64
+import contextlib
 import functools
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +15,7 @@ import pytest
 import rasterio
 import rasterio.shutil
 import torch
+import tyro
 from conftest import ROOT, tiny_ldm
 from PIL import ExifTags, Image, ImageCms
 from rasterio.transform import Affine, GroundControlPoint, from_origin
@@ -457,27 +458,34 @@ def test_a_scale_without_room_between_black_and_white_is_refused(monkeypatch, ca
 
 # ---------------------------------------------------------------- kills and several processes
 
-SLOW = """
-import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, tyro, ppo_ldm_sr as orl, upscale_sr as up
-torch.manual_seed(0)
-ldm = orl.load_ldm({ldm!r}, torch.device("cpu"))
-agent = orl.Agent(torch.ones(3), 8)
-orl.load_ldm = lambda *rest: ldm
-up.load_run = lambda run: {{"args": {{"ldm": "x", "base_steps": 2, "max_calls": 2}}}}
-up.load_agent = lambda *rest: agent
-up.TILE = 48  # small ones, for the test's seconds
-row = up.Upscaler.row
-up.Upscaler.row = lambda self, *rest: (time.sleep({pause}), row(self, *rest))[1]
-up.main(tyro.cli(up.Args))
-"""
+# processes of their own, forked from one that has imported the libraries: that takes longer than what they do
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["torch.utils.tensorboard", "diffusers", "datasets", "lpips", "torchmetrics", "matplotlib.pyplot", "rasterio"])
 
 
-def start(ldm, pause, *words, **environment):
-    code = SLOW.format(root=str(ROOT), tests=str(ROOT / "tests"), ldm=str(ldm), pause=pause)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], env=env, stdout=subprocess.PIPE, text=True)
+def call_main(ldm, pause, words, environment, said):
+    """`main` of upscale_sr.py with a tiny LDM, small tiles and a pause for each row of them; `said`: what it prints."""
+    os.environ.update(environment)
+    torch.set_num_threads(1), torch.manual_seed(0)
+    ldm, agent, row = orl.load_ldm(ldm, CPU), orl.Agent(torch.ones(3), 8), up.Upscaler.row
+    orl.load_ldm, up.load_agent, up.TILE = lambda *_: ldm, lambda *_: agent, 48
+    up.load_run = lambda _: {"args": {"ldm": "x", "base_steps": 2, "max_calls": 2}}
+    up.Upscaler.row = lambda self, *rest: (time.sleep(pause), row(self, *rest))[1]
+    with open(said, "w", encoding="utf-8") as sys.stdout:
+        up.main(tyro.cli(up.Args, args=words))
+
+
+def start(ldm, pause, *words, said=os.devnull, **environment):
+    environment = {k: str(v) for k, v in environment.items()}
+    process = FRESH.Process(target=call_main, args=(str(ldm), pause, [str(word) for word in words], environment, said))
+    process.start()
+    return process
+
+
+def ended(process):
+    """Waits for a process: whether it ended well."""
+    process.join()
+    return process.exitcode == 0
 
 
 @pytest.fixture(scope="module")
@@ -485,8 +493,9 @@ def scene_file(tmp_path_factory, ldm_folder):
     """A scene of five rows of tiles, and its result by one process that was not disturbed."""
     folder = tmp_path_factory.mktemp("scene")
     raster(folder / "scene.tif", (pixels(150, 60).astype(np.uint16) * 9).transpose(2, 0, 1), **UTM)
-    process = start(ldm_folder, 0, folder / "scene.tif", "--output", folder / "once", "--window", 32)
-    assert "kept: coordinates" in process.communicate()[0] and process.returncode == 0
+    words = (folder / "scene.tif", "--output", folder / "once", "--window", 32)
+    assert ended(start(ldm_folder, 0, *words, said=folder / "said"))
+    assert "kept: coordinates" in (folder / "said").read_text("utf-8")
     with rasterio.open(folder / "once/scene_sr.tif") as file:
         return folder / "scene.tif", file.read(), file.transform
 
@@ -495,16 +504,21 @@ def test_a_scene_that_was_killed_goes_on_where_it_was_and_is_the_same(scene_file
     process = start(ldm_folder, 0.5, scene_file[0], "--output", tmp_path, "--window", 32)
     parts = tmp_path / "scene_sr.tif.parts"
     while len(list(parts.glob("*.tif"))) < 2:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     finished = {p.name: p.stat().st_mtime_ns for p in parts.glob("*.tif")}
     assert 2 <= len(finished) < 5 and not (tmp_path / "scene_sr.tif").exists()
     again = start(ldm_folder, 0.1, scene_file[0], "--output", tmp_path, "--window", 32)
-    time.sleep(0.1)
-    assert all((parts / name).stat().st_mtime_ns == at for name, at in finished.items())
-    assert again.wait() == 0 and not parts.exists()
+    seen = set()
+    while again.is_alive():
+        for name, at in finished.items():
+            with contextlib.suppress(FileNotFoundError):  # joined
+                seen.add((name, (parts / name).stat().st_mtime_ns == at))
+        time.sleep(0.02)
+    assert seen == {(name, True) for name in finished}
+    assert ended(again) and not parts.exists()
     with rasterio.open(tmp_path / "scene_sr.tif") as file:
         assert np.array_equal(file.read(), scene_file[1]) and file.transform == scene_file[2]
 
@@ -518,17 +532,32 @@ def test_parts_of_another_image_or_of_other_settings_are_not_taken(tiny, tmp_pat
     assert sr.read().std() > 10 and not folder.exists()
 
 
+def test_parts_of_an_agent_that_was_trained_anew_are_not_taken(tiny, tmp_path, monkeypatch):
+    Image.fromarray(pixels(40, 52)).save(tmp_path / "a.png")
+    write, written = up.write_part, []
+    monkeypatch.setattr(up, "write_part", lambda *rest: written.append(1) or write(*rest))
+    with monkeypatch.context() as full:
+        full.setattr(up, "join", lambda *rest: (_ for _ in ()).throw(OSError("No space left on device")))
+        for _ in range(2):
+            with pytest.raises(OSError):
+                result(tiny, tmp_path / "a.png")
+    assert len(written) == 1  # the second time it was there
+    torch.manual_seed(1)
+    result((tiny[0], orl.Agent(torch.ones(3), 8)), tmp_path / "a.png")
+    assert len(written) == 2
+
+
 @pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
 def test_several_processes_make_the_single_runs_image_also_after_one_was_killed(scene_file, ldm_folder, tmp_path, names):
     world = 2 if names[0] == "RANK" else 3
     flags = (scene_file[0], "--output", tmp_path, "--window", 32)
     first = start(ldm_folder, 30, *flags, **dict(zip(names, (0, world))))
     others = [start(ldm_folder, 0, *flags, **dict(zip(names, (rank, world)))) for rank in range(1, world)]
-    assert all(other.wait() == 0 for other in others)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    assert all(ended(other) for other in others)
+    first.kill()
+    first.join()
     assert not (tmp_path / "scene_sr.vrt").exists()
-    assert start(ldm_folder, 0, *flags, **dict(zip(names, (0, world)))).wait() == 0
+    assert ended(start(ldm_folder, 0, *flags, **dict(zip(names, (0, world)))))
     with rasterio.open(tmp_path / "scene_sr.vrt") as file:
         assert np.array_equal(file.read(), scene_file[1])
         assert file.transform == scene_file[2] and file.crs == "EPSG:32633" and file.dtypes[0] == "uint16"
