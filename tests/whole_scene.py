@@ -40,7 +40,7 @@ class Args:
     output: str  # folder to write to
     dataset: str = "data/paper8"  # images of the mosaic
     agent: str = "runs/orl_ldm"  # run folder of the agent
-    size: int = 10_980  # px of a side: a Sentinel-2 tile's at 10 m
+    size: int = 10_980  # px of a side, at least 6,400: a Sentinel-2 tile's at 10 m
     seed: int = 0  # of the mosaic
 
 
