@@ -56,7 +56,7 @@ OVERLAP = 16  # LR px that neighbouring tiles share and fade across
 EDGE = OVERLAP // 2
 BLOCK = 256  # latent cells a side that one generator draws noise for
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # written as such; everything else as GeoTIFF
-WRITTEN = 128  # SR rows turned into the scene's type at once
+WRITTEN = 128  # SR rows turned into the scene's type, or a JPEG's, at once
 # no mask in a file of its own, whatever the user has set; bytes of blocks that are not decoded again for each row
 GDAL = {"GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": 256_000_000}
 OF_THE_FILE = {"IMAGE_STRUCTURE", "SUBDATASETS", "DERIVED_SUBDATASETS", "COLOR_PROFILE", "RPC"}  # tags not to copy
@@ -455,12 +455,11 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
             with rasterio.Env(GDAL_PAM_ENABLED=False):  # no .aux.xml
                 rasterio.shutil.copy(together, half, driver="PNG")
         else:  # not GDAL's JPEG, which has colours at half the resolution
-            image, top = Image.new("L" if scene.count == 1 else "RGB", (4 * scene.width, 4 * scene.height)), 0
-            for part in parts:
-                with rasterio.open(part) as file:
-                    pixels = file.read()
-                image.paste(Image.fromarray(pixels[0] if scene.count == 1 else pixels.transpose(1, 2, 0)), (0, top))
-                top += pixels.shape[1]
+            image = Image.new("L" if scene.count == 1 else "RGB", (4 * scene.width, 4 * scene.height))
+            with rasterio.open(together) as file:
+                for top in range(0, file.height, WRITTEN):
+                    rows = file.read(window=Window(0, top, file.width, min(WRITTEN, file.height - top)))
+                    image.paste(Image.fromarray(rows[0] if scene.count == 1 else rows.transpose(1, 2, 0)), (0, top))
             profile = base64.b64decode(scene.icc) if scene.icc else None
             image.save(half, format="JPEG", quality=95, subsampling=0, icc_profile=profile)
     together.unlink()
