@@ -32,6 +32,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from xml.sax.saxutils import escape
 
 import numpy as np
 import rasterio
@@ -40,7 +41,7 @@ import rasterio.shutil
 import torch
 import torch.nn.functional as F
 import tyro
-from affine import dumpsw
+from affine import Affine, dumpsw
 from PIL import ExifTags, Image, ImageOps
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
@@ -83,6 +84,12 @@ class Args:
 # ------------------------------------------------------------------------------------------------ reading
 
 
+def numbers(values: np.ndarray) -> np.ndarray:
+    """(bands, h, w) -> (h, w): whether all bands are numbers, not NaN, infinity or a float type's greatest or least,
+    which some programs write into holes without saying so."""
+    return (np.abs(values) < 1e38).all(axis=0)
+
+
 class Scene:
     """An LR image, read by rows: `height`, `width`, `count` (1 or 3), `dtype`, the values of black and white, `scale`.
     Raises ValueError or rasterio's and Pillow's errors where it cannot be read as what it is."""
@@ -117,6 +124,8 @@ class Scene:
         if turned and not self.placed.transform.is_identity:
             self.left_out.append("coordinates, since EXIF turns the picture")
             self.placed = source
+        # GDAL's transform of a .ppm is all zeros: no place
+        self.transform = Affine.identity() if self.placed.transform.is_degenerate else self.placed.transform
         self.height, self.width, self.dtype = source.height, source.width, source.dtypes[0]
         if self.dtype.startswith("complex") or len(set(source.dtypes)) > 1:
             raise ValueError(f"its bands are {', '.join(sorted(set(source.dtypes)))}")
@@ -139,7 +148,8 @@ class Scene:
         self.masked = self.masked and np.issubdtype(self.dtype, np.integer)
         self.inverted = source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # white is the smaller value
         if scale is None:
-            low, high = (0.0, 255.0) if self.dtype == "uint8" else self.percentiles()
+            bits = int(source.tags(self.bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 8)) if self.palette is None else 8
+            low, high = (0.0, 2.0**bits - 1) if self.dtype == "uint8" else self.percentiles()  # 15 is white of 4 bits
             scale = (high, low) if self.inverted else (low, high)
         self.scale = scale
         if self.kind == "JPEG" and 4 * max(self.height, self.width) > 65_500:
@@ -168,7 +178,7 @@ class Scene:
         step = max(1, int((self.height * self.width / 1e6) ** 0.5))
         shape = (-(-self.height // step), -(-self.width // step))
         values = self.source.read(self.bands, out_shape=(len(self.bands), *shape)).astype(np.float64)
-        valid = (self.source.dataset_mask(out_shape=shape) > 0) & np.isfinite(values).all(axis=0)
+        valid = (self.source.dataset_mask(out_shape=shape) > 0) & numbers(values)
         if not valid.any():
             raise ValueError("it has no valid pixel")
         low, high = (float(v) for v in np.percentile(values[:, valid], (2, 98)))
@@ -181,17 +191,18 @@ class Scene:
             values, mask = self.source.read(self.bands, window=window), self.source.dataset_mask(window=window)
             alpha = self.source.read(self.alpha, window=window) if self.alpha else None
         values = self.palette[values[0]].transpose(2, 0, 1) if self.palette is not None else values
-        values = values.astype(np.float32)
-        return values, (mask > 0) & np.isfinite(values).all(axis=0), alpha
+        values = values.astype(np.result_type(self.dtype, np.float32))  # 32 bits and more: in float64
+        return values, (mask > 0) & numbers(values), alpha
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """LR rows first to last - 1 as the networks see them: (3, rows, width), [0, 1] black to white, holes filled
         from their surroundings."""
         values, valid, _ = self.read(first, last)
-        values = (values - self.scale[0]) / (self.scale[1] - self.scale[0])
+        values = np.where(valid, values, self.scale[0])
+        values = ((values - self.scale[0]) / (self.scale[1] - self.scale[0])).astype(np.float32)
         if not valid.all():
             known = valid.astype(np.uint8)
-            values = np.stack([rasterio.fill.fillnodata(np.where(valid, band, 0.0), known) for band in values])
+            values = np.stack([rasterio.fill.fillnodata(band, known) for band in values])
         return values if len(values) == 3 else values.repeat(3, axis=0)
 
 
@@ -335,7 +346,8 @@ def profile_of(scene: Scene, height: int) -> dict:
 def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """SR rows from `top` on, [0, 1] from black to white -> (bands, rows, 4 width) of the scene's type, their mask."""
     low, high = scene.scale
-    values = low + (high - low) * (sr.mean(0, keepdim=True) if scene.count == 1 else sr).numpy()
+    values = (sr.mean(0, keepdim=True) if scene.count == 1 else sr).numpy()
+    values = low + (high - low) * values.astype(np.result_type(scene.dtype, np.float32), copy=False)
     whole, nodata = np.issubdtype(scene.dtype, np.integer), scene.source.nodata
     if whole:
         values = values.round().clip(np.iinfo(scene.dtype).min, np.iinfo(scene.dtype).max)
@@ -357,8 +369,8 @@ def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.nda
 def describe(scene: Scene, target) -> list[str]:
     """Gives a GeoTIFF the scene's coordinates, four times as fine, and its tags -> what was kept, in words."""
     placed, source, kept = scene.placed, scene.source, []
-    if not placed.transform.is_identity:
-        target.transform = placed.transform @ placed.transform.scale(0.25)
+    if not scene.transform.is_identity:
+        target.transform = scene.transform @ Affine.scale(0.25)
         kept.append("coordinates" if placed.crs else "coordinates of no named system")
     if placed.crs:
         target.crs = placed.crs
@@ -403,7 +415,7 @@ def copy_tags(scene: Scene, target) -> None:
 
 def world_file(scene: Scene, target: Path) -> None:
     """The six numbers of a picture's place beside it, for the centre of its upper left pixel."""
-    text = dumpsw(scene.placed.transform @ scene.placed.transform.scale(0.25))
+    text = dumpsw(scene.transform @ Affine.scale(0.25))
     target.with_suffix({".png": ".pgw"}.get(target.suffix.lower(), ".jgw")).write_text(text, encoding="utf-8")
 
 
@@ -446,7 +458,7 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
             copy_tags(scene, file)
     else:
         kept = ["colour profile"] if scene.icc else []
-        if not scene.placed.transform.is_identity:
+        if not scene.transform.is_identity:
             world_file(scene, target)
             kept.append("world file")
         if scene.placed.crs or scene.placed.gcps[0]:
@@ -476,8 +488,8 @@ def write_vrt(scene: Scene, parts: list[Path], target: Path) -> list[str]:
     for part in parts:
         with rasterio.open(part) as source:
             height = source.height
+        name = escape(f"{part.parent.name}/{part.name}")
         for band in bands:
-            name = f"{part.parent.name}/{part.name}"
             sources[band] += (
                 f'<SimpleSource><SourceFilename relativeToVRT="1">{name}</SourceFilename>'
                 f"<SourceBand>{band}</SourceBand>"
@@ -519,9 +531,16 @@ def list_files(args: Args) -> list[tuple[Path, Path]]:
             found.append((path, Path(args.output or path.parent) / f"{path.stem}_sr"))
         else:
             stop(f"{path}: no such file or folder")
+    found = list(dict.fromkeys(found))  # named twice
     names = [(target, PICTURES.get(file.suffix.lower())) for file, target in found]
     long = [target.with_name(f"{file.stem}_{file.suffix[1:]}_sr") for file, target in found]
-    return [(file, long[k] if names.count(names[k]) > 1 else target) for k, (file, target) in enumerate(found)]
+    found = [(file, long[k] if names.count(names[k]) > 1 else target) for k, (file, target) in enumerate(found)]
+    results = {}
+    for file, target in found:
+        other = results.setdefault((target, file.suffix), file)
+        if other != file:
+            stop(f"{other} and {file} would both become {target}{file.suffix}; super-resolve them into two --output")
+    return found
 
 
 def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: int, world: int) -> str:
@@ -580,7 +599,10 @@ def main(args: Args) -> None:
         stop("--scale takes two different numbers: the values of black and white")
     files = list_files(args)  # bad input speaks before anything is loaded
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", 1))  # srun's own, not the whole job's
+    world = int(os.environ.get("WORLD_SIZE", tasks))
+    if world > 1:
+        print(f"process {rank + 1} of {world}, as its launcher says: each does its share, all of them must be started")
     device = orl.pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))

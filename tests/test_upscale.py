@@ -256,6 +256,38 @@ def test_twelve_bits_in_sixteen_keep_their_range_and_a_scale_can_be_given(tiny, 
     assert "black 0, white 4095" in said
 
 
+def test_four_bits_in_eight_are_not_taken_for_darkness(tiny, tmp_path):
+    values = pixels(40, 52, 1).transpose(2, 0, 1) // 16
+    said, sr = result(tiny, raster(tmp_path / "a.tif", values, NBITS=4))
+    assert "black 0, white 15" in said and np.abs(half_again(sr.read()) - values).mean() < 0.3
+
+
+def test_wide_numbers_keep_their_last_digits(tiny, tmp_path):
+    values = pixels(40, 52, 1).transpose(2, 0, 1)
+    for dtype, base, unit in (("float64", 1e9, 1e-3), ("int64", 10**12, 1)):
+        exact = (base + unit * values.astype(dtype)).astype(dtype)
+        _, sr = result(tiny, raster(tmp_path / f"{dtype}.tif", exact))
+        found = ((sr.read() - np.asarray(base, dtype)) / unit).astype(np.float32)
+        assert np.abs(half_again(found) - values).mean() < 2, dtype  # as float32 it would be whole steps of 64 and more
+
+
+@pytest.mark.parametrize("hole", [np.inf, np.finfo(np.float32).min])
+def test_a_hole_that_no_nodata_names_is_no_colour(tiny, tmp_path, hole):
+    values = pixels(40, 52).transpose(2, 0, 1).astype(np.float32)
+    values[:, 10:20, 10:20] = hole
+    with np.errstate(over="raise"):
+        said, sr = result(tiny, raster(tmp_path / "a.tif", values))
+    assert np.array_equal(np.isnan(sr.read(1)), (values[0] == hole).repeat(4, 0).repeat(4, 1))
+    low, high = np.percentile(values[:, values[0] != hole], (2, 98))
+    assert f"black {low:g}, white {high:g}" in said
+
+
+def test_a_format_without_places_gives_none(tiny, tmp_path):
+    Image.fromarray(pixels(20, 16, 1)[..., 0].astype(np.uint16) * 200).save(tmp_path / "a.pgm")
+    said, sr = result(tiny, tmp_path / "a.pgm")
+    assert "coordinates" not in said and sr.transform.is_identity
+
+
 @pytest.mark.parametrize("name, grey", [("grey.png", True), ("grey.tif", True), ("colour.jpg", False)])
 def test_one_band_goes_in_and_one_comes_out(tiny, tmp_path, name, grey):
     Image.fromarray(pixels(40, 52, 3)[..., 0] if grey else pixels(40, 52)).save(tmp_path / name)
@@ -439,6 +471,24 @@ def test_a_folders_tree_is_mirrored_as_the_user_named_it_and_links_are_followed(
     assert "finished before" not in said
 
 
+def test_a_name_of_any_characters_is_written(tiny, tmp_path):
+    file = raster(tmp_path / "land & sea <1> 'é' [2] 50%.tif", pixels(20, 16).transpose(2, 0, 1))
+    assert result(tiny, file)[1].width == 64
+
+
+def test_two_images_never_become_one_result(tmp_path, monkeypatch, capsys):
+    for name in ("2019/x.tif", "2020/x.tif", "2020/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        up.list_files(up.Args(paths=("2019/x.tif", "2020/x.tif"), output="out"))
+    said = capsys.readouterr().out
+    assert error.value.code == 2 and "2019/x.tif" in said and "2020/x.tif" in said
+    assert len(up.list_files(up.Args(paths=("2020/x.tif", "2020/x.png", "./2020/x.tif"), output="out"))) == 2
+    assert len(up.list_files(up.Args(paths=("2019", "2020"), output="out"))) == 3
+
+
 @pytest.mark.parametrize("paths, words", [((), "name LR images"), (("missing.png",), "no such file"), (("empty",), "no image in this folder")])
 def test_what_is_not_there_is_said_before_anything_is_loaded(tmp_path, monkeypatch, capsys, paths, words):
     (tmp_path / "empty").mkdir()
@@ -547,17 +597,19 @@ def test_parts_of_an_agent_that_was_trained_anew_are_not_taken(tiny, tmp_path, m
     assert len(written) == 2
 
 
-@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")])
 def test_several_processes_make_the_single_runs_image_also_after_one_was_killed(scene_file, ldm_folder, tmp_path, names):
     world = 2 if names[0] == "RANK" else 3
     flags = (scene_file[0], "--output", tmp_path, "--window", 32)
-    first = start(ldm_folder, 30, *flags, **dict(zip(names, (0, world))))
-    others = [start(ldm_folder, 0, *flags, **dict(zip(names, (rank, world)))) for rank in range(1, world)]
+    job = {"SLURM_NTASKS": 7}  # of the whole job, not of what srun has started
+    first = start(ldm_folder, 30, *flags, **job, **dict(zip(names, (0, world))))
+    others = [start(ldm_folder, 0, *flags, **job, **dict(zip(names, (rank, world)))) for rank in range(1, world)]
     assert all(ended(other) for other in others)
     first.kill()
     first.join()
     assert not (tmp_path / "scene_sr.vrt").exists()
-    assert ended(start(ldm_folder, 0, *flags, **dict(zip(names, (0, world)))))
+    assert ended(start(ldm_folder, 0, *flags, **job, **dict(zip(names, (0, world))), said=tmp_path / "said"))
+    assert f"process 1 of {world}" in (tmp_path / "said").read_text("utf-8")
     with rasterio.open(tmp_path / "scene_sr.vrt") as file:
         assert np.array_equal(file.read(), scene_file[1])
         assert file.transform == scene_file[2] and file.crs == "EPSG:32633" and file.dtypes[0] == "uint16"
