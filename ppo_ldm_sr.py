@@ -111,6 +111,7 @@ def locate(path: str) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------ images
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a file that cannot be read is named here, in one line
 LEAST_CROP = 48  # px of a side that LPIPS and VIF need
 # paper: Table 2
 PAPER_SCENES = "commercial_area dense_residential desert forest industrial_area railway_station river runway".split()
@@ -177,11 +178,13 @@ def rows_of_folder(root: Path) -> list[tuple]:
     top = Path(os.path.commonpath([file.parent for file in files] or [root]))  # archives add a folder or two
     while any(name.lower() in SPLITS for name in top.relative_to(root).parts):
         top = top.parent  # a lone test/ is a split, not such a folder
-    has_splits = any(file.relative_to(top).parts[0].lower() in SPLITS for file in files)
     for file in files:
         *folders, name = file.relative_to(top).parts
-        split = (folders or [""]).pop(0) if has_splits else "train"
-        rows.append((split, folders[0] if folders else top.name, name, file))
+        splits = [folder for folder in folders if folder.lower() in SPLITS]  # above the scene, or below it
+        scenes = [folder for folder in folders if folder not in splits]
+        rows.append((splits[0] if splits else "", scenes[0] if scenes else top.name, name, file))
+    if not any(row[0] for row in rows):
+        rows = [("train", *row[1:]) for row in rows]
     return rows
 
 

@@ -85,9 +85,9 @@ class Args:
 
 
 def numbers(values: np.ndarray) -> np.ndarray:
-    """(bands, h, w) -> (h, w): whether all bands are numbers, not NaN, infinity or a float type's greatest or least,
-    which some programs write into holes without saying so."""
-    return (np.abs(values) < 1e38).all(axis=0)
+    """Which of the values are numbers, not NaN, infinity or a float type's greatest or least, which some programs write
+    into holes without saying so."""
+    return np.abs(values) < 1e38
 
 
 class Scene:
@@ -133,9 +133,10 @@ class Scene:
         self.alpha = next((i for i, kind in zip(source.indexes, source.colorinterp) if kind == ColorInterp.alpha), None)
         self.palette = None
         if source.colorinterp[0] == ColorInterp.palette and source.count == 1:
-            table = source.colormap(1)
-            self.palette = np.array([table.get(i, (0, 0, 0))[:3] for i in range(256)], np.uint8)
-            self.count, self.bands = 3, (1,)
+            self.palette = np.zeros((np.iinfo(self.dtype).max + 1, 3), np.uint8)
+            for index, colour in source.colormap(1).items():
+                self.palette[index] = colour[:3]
+            self.count, self.bands, self.dtype = 3, (1,), "uint8"
         else:
             self.bands = bands or (tuple(data[:3]) if len(data) >= 3 else (data[0],))
             if max(self.bands) > source.count or min(self.bands) < 1:
@@ -143,8 +144,10 @@ class Scene:
             self.count = len(self.bands)
         if dropped := sorted(set(data) - set(self.bands)):
             self.left_out.append(f"bands {dropped}")
+        self.nodata = source.nodata if self.palette is None else None  # the value of a hole; colours have none
         # whether a mask tells its holes, for want of a value, NaN or alpha that does
-        self.masked = MaskFlags.per_dataset in source.mask_flag_enums[0] and self.palette is None and not self.alpha
+        flags = {MaskFlags.per_dataset} if self.palette is None else {MaskFlags.per_dataset, MaskFlags.nodata}
+        self.masked = bool(flags & set(source.mask_flag_enums[0])) and not self.alpha
         self.masked = self.masked and np.issubdtype(self.dtype, np.integer)
         self.inverted = source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # white is the smaller value
         if scale is None:
@@ -178,17 +181,17 @@ class Scene:
         step = max(1, int((self.height * self.width / 1e6) ** 0.5))
         shape = (-(-self.height // step), -(-self.width // step))
         values = self.source.read(self.bands, out_shape=(len(self.bands), *shape)).astype(np.float64)
-        valid = (self.source.dataset_mask(out_shape=shape) > 0) & numbers(values)
+        valid = (self.source.read_masks(self.bands, out_shape=(len(self.bands), *shape)) > 0) & numbers(values)
         if not valid.any():
             raise ValueError("it has no valid pixel")
-        low, high = (float(v) for v in np.percentile(values[:, valid], (2, 98)))
+        low, high = (float(v) for v in np.percentile(values[valid], (2, 98)))
         return (low, high) if high > low else (low - 0.5, low + 0.5)  # a flat image
 
     def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """LR rows first to last - 1 -> values (1 or 3, rows, width), valid (rows, width), the alpha channel or None."""
+        """LR rows first to last - 1 -> values (1 or 3, rows, width), which are valid, the alpha channel or None."""
         window = Window(0, first, self.width, last - first)
         with self.lock:
-            values, mask = self.source.read(self.bands, window=window), self.source.dataset_mask(window=window)
+            values, mask = (read(self.bands, window=window) for read in (self.source.read, self.source.read_masks))
             alpha = self.source.read(self.alpha, window=window) if self.alpha else None
         values = self.palette[values[0]].transpose(2, 0, 1) if self.palette is not None else values
         values = values.astype(np.result_type(self.dtype, np.float32))  # 32 bits and more: in float64
@@ -202,7 +205,7 @@ class Scene:
         values = ((values - self.scale[0]) / (self.scale[1] - self.scale[0])).astype(np.float32)
         if not valid.all():
             known = valid.astype(np.uint8)
-            values = np.stack([rasterio.fill.fillnodata(band, known) for band in values])
+            values = np.stack([rasterio.fill.fillnodata(*pair) for pair in zip(values, known)])
         return values if len(values) == 3 else values.repeat(3, axis=0)
 
 
@@ -336,31 +339,30 @@ class Upscaler:
 def profile_of(scene: Scene, height: int) -> dict:
     """rasterio's settings of a GeoTIFF of `height` SR rows."""
     count, rgb = scene.count + bool(scene.alpha), scene.count == 3 and scene.dtype == "uint8"
-    nodata = None if scene.palette is not None else scene.source.nodata
     photometric = "rgb" if rgb else "miniswhite" if scene.inverted and scene.count == 1 else "minisblack"
     return {"driver": "GTiff", "width": 4 * scene.width, "height": height, "count": count, "dtype": scene.dtype,
-            "nodata": nodata, "photometric": photometric,
+            "nodata": scene.nodata, "photometric": photometric,
             "compress": "deflate", "NUM_THREADS": "ALL_CPUS", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
 
 
 def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """SR rows from `top` on, [0, 1] from black to white -> (bands, rows, 4 width) of the scene's type, their mask."""
+    """SR rows from `top` on, [0, 1] from black to white -> (bands, rows, 4 width) of its type, which are valid."""
     low, high = scene.scale
     values = (sr.mean(0, keepdim=True) if scene.count == 1 else sr).numpy()
     values = low + (high - low) * values.astype(np.result_type(scene.dtype, np.float32), copy=False)
-    whole, nodata = np.issubdtype(scene.dtype, np.integer), scene.source.nodata
+    whole, nodata = np.issubdtype(scene.dtype, np.integer), scene.nodata
     if whole:
         values = values.round().clip(np.iinfo(scene.dtype).min, np.iinfo(scene.dtype).max)
     values = values.astype(scene.dtype)
     first, last = top // 4, -(-(top + sr.shape[1]) // 4)
     _, valid, alpha = scene.read(first, last)
     cut = slice(top - 4 * first, top - 4 * first + sr.shape[1])
-    valid = valid.repeat(4, 0).repeat(4, 1)[cut]
-    if nodata is not None and not np.isnan(nodata) and scene.palette is None:
+    valid = valid.repeat(4, 1).repeat(4, 2)[:, cut]
+    if nodata is not None and not np.isnan(nodata):
         step = -1 if whole and nodata == np.iinfo(scene.dtype).max else 1
         values[(values == nodata) & valid] += np.asarray(step).astype(scene.dtype)  # no value is read as a hole
     if scene.palette is None and (nodata is not None or not whole) and not scene.alpha:
-        values[:, ~valid] = np.nan if nodata is None else nodata
+        values[~valid] = np.nan if nodata is None else nodata
     if alpha is not None:
         values = np.concatenate([values, alpha.repeat(4, 0).repeat(4, 1)[None, cut].astype(scene.dtype)])
     return values, valid
@@ -433,7 +435,7 @@ def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: i
                 window = Window(0, start + k - top, values.shape[2], values.shape[1])
                 target.write(values, window=window)
                 if scene.masked:  # every row: one that is not written is a hole
-                    target.write_mask(valid, window=window)
+                    target.write_mask(valid[0], window=window)
             bar.update(1)
 
         written = None
@@ -497,7 +499,7 @@ def write_vrt(scene: Scene, parts: list[Path], target: Path) -> list[str]:
                 f'<DstRect xOff="0" yOff="{at}" xSize="{width}" ySize="{height}"/></SimpleSource>'
             )
         at += height
-    hole = "" if scene.source.nodata is None else f"<NoDataValue>{scene.source.nodata}</NoDataValue>"
+    hole = "" if scene.nodata is None else f"<NoDataValue>{scene.nodata}</NoDataValue>"
     text = f'<VRTDataset rasterXSize="{width}" rasterYSize="{at}">'
     for band, inside in sources.items():
         if band == "mask,1":
@@ -587,7 +589,7 @@ def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: i
     notes += ["its colour table written as colours"] if scene.palette is not None else []
     notes += [f"{scene.foreign} is written as sRGB"] if scene.foreign else []
     tiff = file.suffix.lower() in (".tif", ".tiff")
-    notes += [f"{file.suffix} is written as .tif"] if suffix == ".tif" and not tiff else []
+    notes += [f"{file.suffix or 'it'} is written as .tif"] if suffix == ".tif" and not tiff else []
     return f"{joined}: {size} in {time.perf_counter() - began:.1f} s; {'; '.join(notes)}"
 
 

@@ -14,6 +14,7 @@ import datasets
 import hub
 import numpy as np
 import pytest
+import rasterio
 import torch
 from conftest import ROOT, SHARED, tiny_ldm, unreachable
 from PIL import Image
@@ -150,7 +151,7 @@ def tree(root, *files):
     return root
 
 
-def test_broken_small_and_foreign_files_are_named_and_skipped(image_folder, tmp_path, capsys):
+def test_broken_small_and_foreign_files_are_named_and_skipped(image_folder, tmp_path, capsys, caplog):
     root = tmp_path / "bäd names, with spaces [x]"
     shutil.copytree(image_folder, root)
     (root / "train/desert/text.jpg").write_text("no image")
@@ -162,10 +163,14 @@ def test_broken_small_and_foreign_files_are_named_and_skipped(image_folder, tmp_
     whole = io.BytesIO()
     picture().save(whole, "JPEG")
     (root / "train/river/cut.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    bands = {"driver": "GTiff", "height": 40, "width": 40, "count": 13, "dtype": "uint16"}
+    with rasterio.open(root / "train/river/bands.tif", "w", **bands) as file:
+        file.write(np.full((13, 40, 40), 900, np.uint16))
     images = load(root, "train", min_side=32)
     said = capsys.readouterr().out
+    assert not caplog.records  # Pillow's own words, one for each file
     assert len(images.files) == 8 and images.scenes == ["desert", "river"]
-    assert "skipped 3" in said and all(name in said for name in ("text.jpg", "small.png", "cut.jpg"))
+    assert "skipped 4" in said and all(name in said for name in ("text.jpg", "small.png", "cut.jpg", "bands.tif"))
 
 
 def test_crops_are_pieces_of_their_image_in_all_eight_symmetries():
@@ -201,6 +206,12 @@ def test_splits_are_found_under_their_common_names(tmp_path, names, capsys):
     tree(tmp_path, f"{train}/river/a.png", f"{train}/river/b.png", f"{test}/river/c.png")
     assert load(tmp_path, "train").files == ["a.png", "b.png"] and load(tmp_path, "test").files == ["c.png"]
     assert ("validation in its place" in capsys.readouterr().out) == (not test.lower().startswith("test"))
+
+
+def test_splits_may_lie_within_the_scenes(tmp_path, capsys):
+    tree(tmp_path, *(f"{scene}/{split}/{split}{i}.png" for scene in ("river", "sea") for split in ("train", "Test") for i in (0, 1)))
+    assert load(tmp_path, "train").files == ["train0.png", "train1.png"] * 2
+    assert load(tmp_path, "test").files == ["Test0.png", "Test1.png"] * 2 and "no test split" not in capsys.readouterr().out
 
 
 def test_images_may_lie_deeper_and_in_one_folder_more(tmp_path):

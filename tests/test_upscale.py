@@ -282,6 +282,30 @@ def test_a_hole_that_no_nodata_names_is_no_colour(tiny, tmp_path, hole):
     assert f"black {low:g}, white {high:g}" in said
 
 
+def test_a_hole_in_one_band_is_one_in_that_band(tiny, tmp_path):
+    values = 1000 + 9 * pixels(40, 52).transpose(2, 0, 1).astype(np.uint16)
+    values[0, :12] = 0
+    said, sr = result(tiny, raster(tmp_path / "a.tif", values, nodata=0))
+    assert np.array_equal(sr.read() == 0, (values == 0).repeat(4, 1).repeat(4, 2))
+    low, _ = np.percentile(values[values > 0], (2, 98))
+    assert f"black {low:g}," in said
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_hole_under_a_colour_table_stays_one(tiny, tmp_path, dtype):
+    unit = 1 if dtype == "uint8" else 200
+    values = (pixels(40, 52, 1).transpose(2, 0, 1) // 32).astype(dtype) * unit
+    values[:, :10] = 255
+    raster(tmp_path / "a.tif", values, nodata=255)
+    with rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.write_colormap(1, {unit * i: (30 * i, 250 - 30 * i, 10, 255) for i in range(8)})
+    _, sr = result(tiny, tmp_path / "a.tif")
+    assert sr.dtypes[0] == "uint8" and sr.nodata is None
+    assert np.array_equal(sr.dataset_mask() > 0, (values[0] != 255).repeat(4, 0).repeat(4, 1))
+    at = (values[0] != 255) & (values[0] == values[0, 30, 30])
+    assert np.abs(half_again(sr.read())[0][at].mean() - 30 * values[0, 30, 30] / unit) < 20
+
+
 def test_a_format_without_places_gives_none(tiny, tmp_path):
     Image.fromarray(pixels(20, 16, 1)[..., 0].astype(np.uint16) * 200).save(tmp_path / "a.pgm")
     said, sr = result(tiny, tmp_path / "a.pgm")
