@@ -295,6 +295,8 @@ def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int
                 if min(pixels.shape[1:]) < min_side:
                     raise ValueError(f"a side below {min_side} px; --crop can be as small as {LEAST_CROP}")
                 images.pixels.append(pixels.to(device)), images.labels.append(k), images.files.append(file)
+            except torch.OutOfMemoryError:
+                stop(f"--dataset {dataset}: more images than the memory of {device} holds; --scenes takes some")
             except Exception as error:  # whatever a broken file raises, it is one image less
                 skipped.append(f"{scene}/{file} ({error})")
     if skipped:

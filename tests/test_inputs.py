@@ -173,6 +173,16 @@ def test_broken_small_and_foreign_files_are_named_and_skipped(image_folder, tmp_
     assert "skipped 4" in said and all(name in said for name in ("text.jpg", "small.png", "cut.jpg", "bands.tif"))
 
 
+def test_images_that_do_not_fit_into_memory_are_not_called_unusable(image_folder, monkeypatch, capsys):
+    def full(content):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(orl, "read_image", full)
+    with pytest.raises(SystemExit) as error:
+        load(image_folder, "train")
+    assert error.value.code == 2 and "more images than the memory of cpu holds; --scenes" in capsys.readouterr().out
+
+
 def test_crops_are_pieces_of_their_image_in_all_eight_symmetries():
     values = (torch.arange(3 * 20 * 30, dtype=torch.int64) % 251).to(torch.uint8).view(3, 20, 30)
     images = orl.Images("a", ["a"], [0], ["a"], [values])
