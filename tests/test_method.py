@@ -32,6 +32,14 @@ def stride(value):
 # ---------------------------------------------------------------- denoising
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_an_older_pytorch_that_lists_no_capabilities_is_asked_for_bf16_as_well(monkeypatch, supported):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert orl.has_bf16.__wrapped__(CPU) == supported
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps, clip_sample", [(1, False), (3, False), (10, True)])
