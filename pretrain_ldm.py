@@ -328,7 +328,8 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed + log["autoencoder"] + log["unet"] + log["decoder"])  # a later stretch draws anew
 
     def model_of(folder: Path, kind, make) -> nn.Module:
-        return kind.from_pretrained(folder, torch_dtype=torch.float32) if folder.is_dir() else make()
+        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # said: else diffusers names accelerate
+        return kind.from_pretrained(folder, **options) if folder.is_dir() else make()
 
     vae = model_of(output / "vqvae", AutoencoderDC, make_autoencoder)
     unet = model_of(output / "unet", UNet2DModel, lambda: make_unet(args.layers))
