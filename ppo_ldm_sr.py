@@ -328,6 +328,15 @@ def has_bf16(device: torch.device) -> bool:
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def digest(settings: dict, *models: nn.Module) -> str:
+    """Twelve hex digits of the SHA-256 of settings and weights."""
+    sha = hashlib.sha256(json.dumps(settings).encode())
+    for model in models:
+        for name, value in model.state_dict().items():
+            sha.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
 class LDM:
     """A frozen latent diffusion model for 4x super-resolution: `unet`, autoencoder `vqvae` and `scheduler`, of any
     latent channels, prediction type and noise schedule. Images are in [0, 1]; the model sees [-1, 1]."""
@@ -348,12 +357,9 @@ class LDM:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hex digits of the SHA-256 of weights and noise schedule; an agent belongs to its LDM."""
+        """`digest` of noise schedule and weights; an agent belongs to its LDM."""
         settings = {k: v for k, v in sorted(self.scheduler.config.items()) if k[0] != "_"}
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        for name, value in [*self.unet.state_dict().items(), *self.vqvae.state_dict().items()]:
-            digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return digest(settings, self.unet, self.vqvae)
 
     def run(self, model, x: torch.Tensor, *rest) -> torch.Tensor:
         """One part of the model, in its precision and memory layout; outputs are float32 and contiguous."""

@@ -17,7 +17,6 @@ percentile of the scene, for all bands alike.
 """
 
 import base64
-import hashlib
 import json
 import os
 import re
@@ -560,10 +559,9 @@ def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: i
     each = max(1, args.window // upscaler.step)
     groups = [(first, min(first + each, upscaler.num_rows)) for first in range(0, upscaler.num_rows, each)]
     folder.mkdir(parents=True, exist_ok=True)
-    weights = b"".join(value.cpu().numpy().tobytes() for value in agent.state_dict().values()) if agent else b""
     settings = {"file": [file.stat().st_size, file.stat().st_mtime], "ldm": mdp.ldm.fingerprint, "each": each,
                 "seed": args.seed, "scale": scene.scale, "bands": scene.bands,
-                "agent": hashlib.sha256(weights).hexdigest()}  # fmt: skip
+                "agent": orl.digest({}, *([agent] if agent else []))}  # fmt: skip
     share = np.array_split(np.arange(len(groups)), world)[rank].tolist()
     parts = [folder / f"{k:05d}.tif" for k in range(len(groups))]
     note = folder / f"settings_{rank}_of_{world}.json"
