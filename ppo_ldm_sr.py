@@ -95,6 +95,7 @@ class Args:
     # the reward
     reward_weights: tuple[float, float, float, float] = (0.4, 0.3, 0.2, 0.1)  # PSNR, SSIM, LPIPS, efficiency (Table 1)
     vgg_share: float = 0.0  # of LPIPS in training, by VGG16 on a part of the image beside AlexNet: less to be fooled by
+    weave_penalty: float = 0.0  # weight in training of texture that repeats where HR does not (1, say): weave_distance
     reward_scale: float = 10.0  # factor on the reward: the critic learns returns of 5 to 8
 
 
@@ -474,6 +475,22 @@ def both_lpips(alex: nn.Module, vgg: nn.Module, share: float):
     return distance
 
 
+def weave_distance(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of two images' textures, (n, 3, H, W) in [0, 1] -> (n,): of the autocorrelations of their
+    high-pass luminance at all displacements of 5 to 12 px. A pattern that repeats in SR alone is most of it."""
+    found = []
+    for image in (sr, hr):
+        grey = image.mean(1)  # (n, H, W)
+        high = (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[:, 8:-8, 8:-8]
+        power = torch.fft.rfft2(high).abs().square()
+        # Wiener-Khinchin: (n, H - 16, W - 16), over displacements down and right
+        correlation = torch.fft.irfft2(power, s=high.shape[1:]) / high[0].numel()
+        found.append(correlation / (correlation[:, :1, :1] + 4e-6))  # half a grey level, squared: fainter is not seen
+    y, x = (torch.fft.fftfreq(side, 1 / side, device=sr.device) for side in high.shape[1:])  # displacements, signed
+    distance = torch.hypot(y[:, None], x[None, :])
+    return (found[0] - found[1])[:, (distance >= 5) & (distance < 13)].square().mean(1)
+
+
 def score(net, sr, hr, calls, weights=Args.reward_weights, shift: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
     """LPIPS or None, SR and HR (n, 3, H, W) in [0, 1], denoiser calls (n,) -> (n,) each: PSNR in dB, at most 100; SSIM;
     LPIPS, NaN without net; calls; the reward's weighted terms reward/NAME; and their sum, the reward.
@@ -756,7 +773,12 @@ def rollout(mdp: Denoising, agent: Agent, net: nn.Module | None, images: Images,
     clean, calls, steps = mdp.denoise(lr, noise, agent, sample=True)
     # choice: in training LPIPS begins 0 to 7 px from the corner: AlexNet's grid of 8 px, else, is painted
     shift = torch.randint(8, (2,)).tolist()
-    infos = score(net, mdp.finish(clean, lr), hr, calls, args.reward_weights, shift)
+    sr = mdp.finish(clean, lr)
+    infos = score(net, sr, hr, calls, args.reward_weights, shift)
+    # choice: with --weave-penalty training has one more term: LPIPS rewards a faint pattern for texture
+    if args.weave_penalty:
+        infos["reward/weave"] = -args.weave_penalty * weave_distance(sr, hr)
+        infos["reward"] = infos["reward"] + infos["reward/weave"]
     gradients = torch.autograd.grad(infos["reward"].sum(), [s.edits for s in steps])  # dR/d edit of every call
 
     with torch.no_grad():
@@ -890,7 +912,7 @@ def read_args(argv: list[str] | None) -> tuple[Args, dict]:
     # two images are needed for the spread of a minibatch's advantages
     least |= {"crop": LEAST_CROP, "num_minibatches": 1, "update_epochs": 1, "num_envs": 2 * args.num_minibatches}
     least |= {"vgg_share": 0, "gamma": 0, "gae_lambda": 0, "clip_coef": 0, "vf_coef": 0, "max_grad_norm": 0}
-    least |= {"learning_rate": 0, "actor_learning_rate": 0, "edit_std": 1e-6, "reward_scale": 1e-6}
+    least |= {"weave_penalty": 0, "learning_rate": 0, "actor_learning_rate": 0, "edit_std": 1e-6, "reward_scale": 1e-6}
     most = {"base_steps": 1000, "seed": 2**40}  # timesteps of the U-Net; 64 bits after scaling
     most |= {"vgg_share": 1, "gamma": 1, "gae_lambda": 1}
     check_bounds(args, least, most)

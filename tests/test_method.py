@@ -337,6 +337,29 @@ def test_weave_sees_a_pattern_that_grid_does_not():
     assert eval_sr.weave((0.5 + 0.1 * (noise + wave)).expand(-1, 3, -1, -1)).min() > 0.1
 
 
+def test_the_weave_penalty_sees_what_repeats_in_any_direction_whatever_its_phase_and_not_texture():
+    torch.manual_seed(0)
+    hr = 0.5 + 0.1 * torch.randn(2, 1, 128, 128).expand(-1, 3, -1, -1)
+    texture = 0.5 + 0.1 * torch.randn(2, 1, 128, 128).expand(-1, 3, -1, -1)  # another one of the same kind
+    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
+    other = orl.weave_distance(texture, hr)
+    assert orl.weave_distance(hr, hr).abs().max() == 0 and 0 < other.min() and other.max() < 5e-4
+    for along, phase in ((x, 0), (y, 1), ((x + y) / math.sqrt(2), 2), ((2 * x - y) / math.sqrt(5), 3)):
+        wave = 0.1 * torch.sin(2 * math.pi * along / 7 + phase)  # of the size of the texture, a period of 7 px
+        assert orl.weave_distance(texture + wave, hr).min() > 10 * other.max()
+        assert orl.weave_distance(texture + wave, hr + wave.flip(0, 1)).max() < 2 * other.max()  # HR repeats as well
+
+
+def test_the_weave_penalty_is_one_more_term_of_the_reward_in_training(ldm_folder, image_folder):
+    agent = orl.Agent(torch.ones(3), 8)
+    (before, plain), _ = episodes(ldm_folder, image_folder, 3, agent)
+    (after, infos), _ = episodes(ldm_folder, image_folder, 3, agent, weave_penalty=0.5)
+    term = infos["reward/weave"]
+    assert term.max() < 0 and "reward/weave" not in plain
+    torch.testing.assert_close(infos["reward"], plain["reward"] + term)
+    assert torch.equal(after["edits"], before["edits"]) and not torch.equal(after["credits"], before["credits"])
+
+
 # ---------------------------------------------------------------- credit
 
 
