@@ -97,15 +97,9 @@ def load_vgg_judges(device: torch.device) -> dict:
     }
 
 
-def high_pass(image: torch.Tensor) -> torch.Tensor:
-    """Images (n, 3, H, W) -> luminance minus its 5 x 5 mean, without 8 px of border: (n, 1, H - 16, W - 16)."""
-    grey = image.mean(1, keepdim=True)
-    return (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[..., 8:-8, 8:-8]
-
-
 def mean_cell(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (n, 3, H, W) -> mean (n, 16) of their 4 x 4 px cells (n, 16, cells): high-pass, each of energy 1."""
-    cells = F.pixel_unshuffle(high_pass(image), 4).flatten(2)
+    cells = F.pixel_unshuffle(orl.high_pass(image), 4).flatten(2)
     cells = cells / (cells.square().mean(1, keepdim=True).sqrt() + 0.002)
     return cells.mean(2), cells
 
@@ -121,7 +115,7 @@ def weave(image: torch.Tensor) -> torch.Tensor:
 
     It sees what `grid` does not: a pattern whose sign or phase changes from cell to cell.
     """
-    high, found = high_pass(image), []
+    high, found = orl.high_pass(image), []
     for k in range(5, 13):
         pairs = high[..., k:, :] * high[..., :-k, :], high[..., k:] * high[..., :-k]
         found.append(sum(pair.mean(dim=(1, 2, 3)) for pair in pairs) / 2)

@@ -475,13 +475,18 @@ def both_lpips(alex: nn.Module, vgg: nn.Module, share: float):
     return distance
 
 
+def high_pass(image: torch.Tensor) -> torch.Tensor:
+    """Images (n, 3, H, W) -> luminance minus its 5 x 5 mean, without 8 px of border: (n, 1, H - 16, W - 16)."""
+    grey = image.mean(1, keepdim=True)
+    return (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[..., 8:-8, 8:-8]
+
+
 def weave_distance(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
     """Mean squared difference of two images' textures, (n, 3, H, W) in [0, 1] -> (n,): of the autocorrelations of their
     high-pass luminance at all displacements of 5 to 12 px. A pattern that repeats in SR alone is most of it."""
     found = []
     for image in (sr, hr):
-        grey = image.mean(1)  # (n, H, W)
-        high = (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[:, 8:-8, 8:-8]
+        high = high_pass(image).squeeze(1)
         power = torch.fft.rfft2(high).abs().square()
         # Wiener-Khinchin: (n, H - 16, W - 16), over displacements down and right
         correlation = torch.fft.irfft2(power, s=high.shape[1:]) / high[0].numel()
