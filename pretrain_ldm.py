@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -263,6 +264,142 @@ def train(name: str, model: nn.Module, loss_of, args: Args, folder: Path, seen: 
     return state["seen"]
 
 
+def compiled(args: Args, module):
+    """The module as --compile asks; not dynamic: on the decoder's two sizes of crops TorchInductor would stop."""
+    return torch.compile(module, dynamic=False) if args.compile else module
+
+
+def reconstruction_loss(ldm: orl.LDM, lpips, output: torch.Tensor, target: torch.Tensor, natural: int):
+    """Images (n, 3, H, W) in [-1, 1] -> L1 + MSE / 2 + 0.3 LPIPS, and LPIPS, of the first `natural` of them."""
+    error, dy, dx = output - target, *torch.randint(4, (2,)).tolist()
+    # LPIPS is shifted by 0 to 3 px: AlexNet's stride is 4, as the cells' side
+    parts = (x[:natural, :, dy : x.shape[2] - 4 + dy, dx : x.shape[3] - 4 + dx] for x in (output, target))
+    with ldm.autocast:
+        perceptual = lpips(*parts).mean().float() if lpips else output.new_zeros(())
+    return error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual, perceptual.detach()
+
+
+def autoencoder_training(args: Args, ldm: orl.LDM, crops: Crops, lpips):
+    """Encoder and decoder -> `loss_of` for `train`."""
+    ldm.vqvae.requires_grad_(True)
+    encoder, decoder = compiled(args, ldm.vqvae.encode), compiled(args, ldm.vqvae.decode)
+
+    def loss_of():
+        image = crops(args.batch_autoencoder, 64) * 2 - 1
+        with ldm.autocast:
+            latents = encoder(image, return_dict=False)[0]
+            output = decoder(latents + 0.02 * torch.randn_like(latents), return_dict=False)[0].float()
+        # 60 px are few for AlexNet, but enough for texture
+        loss, perceptual = reconstruction_loss(ldm, lpips, output, image, len(image))
+        latents = latents.float()
+        spread = (latents.var(dim=(0, 2, 3)) - 1).square().mean() + latents.mean(dim=(0, 2, 3)).square().mean()
+        psnr = 10 * torch.log10(4 / F.mse_loss(output.detach(), image))
+        return loss + 0.01 * spread, {"psnr": psnr, "lpips": perceptual, "spread": spread.detach()}
+
+    return loss_of
+
+
+def velocity_loss(ldm: orl.LDM, unet, latents: torch.Tensor, lr: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Mean square error (n,) of the v-prediction (arXiv 2202.00512, eq. 12) for latents (n, c, h, w), LR (n, 3, h, w)
+    in [-1, 1], timesteps (n,)."""
+    noise = torch.randn_like(latents)
+    noisy, velocity = (f(latents, noise, t) for f in (ldm.scheduler.add_noise, ldm.scheduler.get_velocity))
+    return (ldm.run(unet, torch.cat([noisy, lr], 1), t) - velocity).square().mean(dim=(1, 2, 3))
+
+
+def unet_training(args: Args, ldm: orl.LDM, crops: Crops):
+    """The U-Net, autoencoder frozen -> `loss_of` for `train`."""
+    ldm.vqvae.requires_grad_(False), ldm.unet.requires_grad_(True)
+    unet, device = compiled(args, ldm.unet), ldm.device
+
+    def encode_crops(n: int):
+        image = crops(n, args.crop)
+        lr = downscale(image)
+        rounded = torch.rand(n, 1, 1, 1, device=device) < 0.5  # as a user's 8-bit LR image is
+        return ldm.encode(image).half(), (torch.where(rounded, (lr * 255).round() / 255, lr) * 2 - 1).half()
+
+    # a pool of encoded crops, a quarter of a batch of which is renewed at every step: a crop is seen about
+    # four times, each time with other noise, and the encoder costs a quarter of what it would
+    pool = [torch.cat(parts) for parts in zip(*(encode_crops(2 * args.batch_unet) for _ in range(64)))]
+    steps = ldm.scheduler.config.num_train_timesteps
+    first = round(args.first_share * args.batch_unet)  # without noise's help, a regression: it needs its own share
+
+    def loss_of():
+        renew = max(1, args.batch_unet // 4)
+        slot = torch.randint(len(pool[0]), (renew,))
+        for part, new in zip(pool, encode_crops(renew)):
+            part[slot] = new
+        pick = torch.randint(len(pool[0]), (args.batch_unet,))
+        latents, lr = (part[pick].float() for part in pool)
+        t = torch.randint(steps, (args.batch_unet,), device=device)
+        t[:first] = steps - 1
+        return velocity_loss(ldm, unet, latents, lr, t).mean(), {}
+
+    return loss_of
+
+
+@torch.no_grad()
+def held_out_figures(args: Args, ldm: orl.LDM, crops: Crops, unet: nn.Module) -> dict[str, float]:
+    """v-loss of held-out images at several noise levels, and PSNR (dB) and SSIM of one call + consistency, for each of
+    the first two datasets; the same noise every time."""
+    found, last = {}, ldm.scheduler.config.num_train_timesteps - 1
+    with torch.random.fork_rng(devices=[]):
+        for name, hr in zip(args.dataset[:2], crops.held_out):
+            torch.manual_seed(0)
+            name, parts, rows = Path(name).name, [], []
+            for part in hr.split(32):
+                latents, lr = ldm.encode(part), downscale(part)
+                levels = [torch.full((len(part),), t, device=ldm.device) for t in (100, 300, 500, 700, 900, last)]
+                rows.append(torch.stack([velocity_loss(ldm, unet, latents, 2 * lr - 1, t) for t in levels]))
+                z = torch.cat([torch.randn_like(latents), 2 * lr - 1], 1)
+                sr = ldm.decode(-ldm.run(unet, z, levels[-1]))  # v at pure noise is minus the clean latent
+                sr = orl.make_consistent(sr, lr)
+                score = orl.score(None, sr, part, torch.zeros(len(part), device=ldm.device))
+                parts.append(torch.stack([score["psnr"], score["ssim"]]))
+            losses, (psnr, ssim) = torch.cat(rows, 1).mean(1), torch.cat(parts, 1).mean(1)
+            found |= {f"{name}/{t[0]}": float(v) for t, v in zip(levels, losses)}
+            found |= {f"{name}/mean": float(losses[:5].mean()), f"{name}/psnr": float(psnr)}
+            found[f"{name}/ssim"] = float(ssim)
+    return found
+
+
+def decoder_training(args: Args, ldm: orl.LDM, crops: Crops, lpips):
+    """The decoder alone, U-Net and encoder frozen -> `loss_of` for `train`."""
+    ldm.vqvae.requires_grad_(False), ldm.unet.requires_grad_(False), ldm.vqvae.decoder.requires_grad_(True)
+    decode, choices, share, turn = compiled(args, ldm.vqvae.decode), (1, 3, 10, 30), 6 * args.batch_decoder, 0
+
+    @torch.no_grad()
+    def sampled_crops(n: int, calls: int):
+        """What the plain LDM gives after so many calls: clean latents (n, c, 24, 24), and the HR crops."""
+        image = crops(n, 96)
+        lr, z = downscale(image) * 2 - 1, torch.randn(n, LATENT_CHANNELS, 24, 24, device=ldm.device)
+        ldm.scheduler.set_timesteps(calls)
+        for t in ldm.scheduler.timesteps:
+            z = ldm.scheduler.step(ldm.run(ldm.unet, torch.cat([z, lr], 1), t), t, z).prev_sample
+        return z, image
+
+    # a pool again: `share` crops for each number of calls, two of which are renewed at every step
+    drawn = [sampled_crops(share // 4, k) for k in choices for _ in range(4)]
+    samples, sampled_hr = (torch.cat(parts) for parts in zip(*drawn))
+
+    def loss_of():
+        nonlocal turn
+        kind, at = turn % len(choices), share * (turn % len(choices)) + 2 * (turn // len(choices)) % share
+        samples[at : at + 2], sampled_hr[at : at + 2] = sampled_crops(2, choices[kind])
+        turn, half = turn + 1, args.batch_decoder // 2
+        pick, image = torch.randint(len(samples), (half,)), crops(half, 96)
+        latents = ldm.encode(image)
+        latents = torch.cat([latents + 0.02 * torch.randn_like(latents), samples[pick]])
+        target = torch.cat([image, sampled_hr[pick]]) * 2 - 1
+        output = ldm.run(decode, latents)
+        loss, perceptual = reconstruction_loss(ldm, lpips, output, target, half)
+        printed = mean_cell(output[half:] / 2 + 0.5)[0].var(1, correction=0).mean()  # 0: no cell repeats itself
+        figures = {"l1": F.l1_loss(output.detach(), target), "lpips": perceptual, "printed": printed.detach()}
+        return loss + args.grid_coef * printed, figures
+
+    return loss_of
+
+
 def pca_yardstick(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
     """`test` (n, 3, H, W) through a linear autoencoder of as many channels: the PCA of 4 x 4 patches of `train`."""
     patches = F.pixel_unshuffle(train, 4).permute(0, 2, 3, 1).reshape(-1, 48)
@@ -342,18 +479,7 @@ def main(args: Args) -> None:
     scheduler.save_config(output / "scheduler")
     LDMSuperResolutionPipeline(vqvae=vae, unet=unet, scheduler=scheduler).save_config(output)  # model_index.json
     writer = SummaryWriter(f"{output}_log")
-    # not dynamic: the decoder is trained on two sizes of crops, on whose symbolic shapes TorchInductor stops
-    compiled = (lambda module: torch.compile(module, dynamic=False)) if args.compile else (lambda module: module)
     lpips = orl.load_lpips(device) if args.minutes_autoencoder + args.minutes_decoder > 0 else None
-
-    def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, natural: int):
-        """Images (n, 3, H, W) in [-1, 1] -> L1 + MSE / 2 + 0.3 LPIPS, and LPIPS, of the first `natural` of them."""
-        error, dy, dx = output - target, *torch.randint(4, (2,)).tolist()
-        # LPIPS is shifted by 0 to 3 px: AlexNet's stride is 4, as the cells' side
-        parts = (x[:natural, :, dy : x.shape[2] - 4 + dy, dx : x.shape[3] - 4 + dx] for x in (output, target))
-        with ldm.autocast:
-            perceptual = lpips(*parts).mean().float() if lpips else output.new_zeros(())
-        return error.abs().mean() + 0.5 * error.square().mean() + 0.3 * perceptual, perceptual.detach()
 
     def stretch(part: str, model: nn.Module, folder: str, loss_of, curve=None) -> None:
         log[part] = train(part, model, loss_of, args, output / folder, log[part], writer, curve)
@@ -361,117 +487,12 @@ def main(args: Args) -> None:
         log_file.write_text(json.dumps(log, indent=2) + "\n")
 
     if args.minutes_autoencoder > 0:
-        vae.requires_grad_(True)
-        encoder, decoder = compiled(vae.encode), compiled(vae.decode)
-
-        def loss_of_autoencoder():
-            image = crops(args.batch_autoencoder, 64) * 2 - 1
-            with ldm.autocast:
-                latents = encoder(image, return_dict=False)[0]
-                output = decoder(latents + 0.02 * torch.randn_like(latents), return_dict=False)[0].float()
-            # 60 px are few for AlexNet, but enough for texture
-            loss, perceptual = reconstruction_loss(output, image, len(image))
-            latents = latents.float()
-            spread = (latents.var(dim=(0, 2, 3)) - 1).square().mean() + latents.mean(dim=(0, 2, 3)).square().mean()
-            psnr = 10 * torch.log10(4 / F.mse_loss(output.detach(), image))
-            return loss + 0.01 * spread, {"psnr": psnr, "lpips": perceptual, "spread": spread.detach()}
-
-        stretch("autoencoder", vae, "vqvae", loss_of_autoencoder)
-
+        stretch("autoencoder", vae, "vqvae", autoencoder_training(args, ldm, crops, lpips))
     if args.minutes_unet > 0:
-        vae.requires_grad_(False), unet.requires_grad_(True)
-        denoise = compiled(unet)
-
-        def encode_crops(n: int):
-            image = crops(n, args.crop)
-            lr = downscale(image)
-            rounded = torch.rand(n, 1, 1, 1, device=device) < 0.5  # as a user's 8-bit LR image is
-            return ldm.encode(image).half(), (torch.where(rounded, (lr * 255).round() / 255, lr) * 2 - 1).half()
-
-        # a pool of encoded crops, a quarter of a batch of which is renewed at every step: a crop is seen about
-        # four times, each time with other noise, and the encoder costs a quarter of what it would
-        pool = [torch.cat(parts) for parts in zip(*(encode_crops(2 * args.batch_unet) for _ in range(64)))]
-
-        last = scheduler.config.num_train_timesteps - 1
-        first = round(args.first_share * args.batch_unet)  # without noise's help, a regression: it needs its own share
-
-        def velocity_loss(model, latents, lr, t):
-            """Mean square error (n,) of the v-prediction: arXiv 2202.00512, eq. 12."""
-            noise = torch.randn_like(latents)
-            noisy, velocity = scheduler.add_noise(latents, noise, t), scheduler.get_velocity(latents, noise, t)
-            output = ldm.run(model, torch.cat([noisy, lr], 1), t)
-            return (output - velocity).square().mean(dim=(1, 2, 3))
-
-        @torch.no_grad()
-        def curve(model):
-            """v-loss of held-out images at several noise levels, and what one call + consistency gives, a set each."""
-            found = {}
-            with torch.random.fork_rng(devices=[]):
-                for name, hr in zip(args.dataset[:2], crops.held_out):
-                    torch.manual_seed(0)
-                    name, parts, rows = Path(name).name, [], []
-                    for part in hr.split(32):
-                        latents, lr = ldm.encode(part), downscale(part)
-                        levels = [torch.full((len(part),), t, device=device) for t in (100, 300, 500, 700, 900, last)]
-                        rows.append(torch.stack([velocity_loss(model, latents, 2 * lr - 1, t) for t in levels]))
-                        z = torch.cat([torch.randn_like(latents), 2 * lr - 1], 1)
-                        sr = ldm.decode(-ldm.run(model, z, levels[-1]))  # v at pure noise is minus the clean latent
-                        sr = orl.make_consistent(sr, lr)
-                        score = orl.score(None, sr, part, torch.zeros(len(part), device=device))
-                        parts.append(torch.stack([score["psnr"], score["ssim"]]))
-                    losses, (psnr, ssim) = torch.cat(rows, 1).mean(1), torch.cat(parts, 1).mean(1)
-                    found |= {f"{name}/{t[0]}": float(v) for t, v in zip(levels, losses)}
-                    found |= {f"{name}/mean": float(losses[:5].mean()), f"{name}/psnr": float(psnr)}
-                    found[f"{name}/ssim"] = float(ssim)
-            return found
-
-        def loss_of_unet():
-            renew = max(1, args.batch_unet // 4)
-            slot = torch.randint(len(pool[0]), (renew,))
-            for part, new in zip(pool, encode_crops(renew)):
-                part[slot] = new
-            pick = torch.randint(len(pool[0]), (args.batch_unet,))
-            latents, lr = (part[pick].float() for part in pool)
-            t = torch.randint(last + 1, (args.batch_unet,), device=device)
-            t[:first] = last
-            return velocity_loss(denoise, latents, lr, t).mean(), {}
-
-        stretch("unet", unet, "unet", loss_of_unet, curve)
-
+        curve = partial(held_out_figures, args, ldm, crops)
+        stretch("unet", unet, "unet", unet_training(args, ldm, crops), curve)
     if args.minutes_decoder > 0:
-        vae.requires_grad_(False), unet.requires_grad_(False), vae.decoder.requires_grad_(True)
-        decode, choices, share, turn = compiled(vae.decode), (1, 3, 10, 30), 6 * args.batch_decoder, 0
-
-        @torch.no_grad()
-        def sampled_crops(n: int, calls: int):
-            """What the plain LDM gives after so many calls: clean latents (n, c, 24, 24), and the HR crops."""
-            image = crops(n, 96)
-            lr, z = downscale(image) * 2 - 1, torch.randn(n, LATENT_CHANNELS, 24, 24, device=device)
-            scheduler.set_timesteps(calls)
-            for t in scheduler.timesteps:
-                z = scheduler.step(ldm.run(unet, torch.cat([z, lr], 1), t), t, z).prev_sample
-            return z, image
-
-        # a pool again: `share` crops for each number of calls, two of which are renewed at every step
-        drawn = [sampled_crops(share // 4, k) for k in choices for _ in range(4)]
-        samples, sampled_hr = (torch.cat(parts) for parts in zip(*drawn))
-
-        def loss_of_decoder():
-            nonlocal turn
-            kind, at = turn % len(choices), share * (turn % len(choices)) + 2 * (turn // len(choices)) % share
-            samples[at : at + 2], sampled_hr[at : at + 2] = sampled_crops(2, choices[kind])
-            turn, half = turn + 1, args.batch_decoder // 2
-            pick, image = torch.randint(len(samples), (half,)), crops(half, 96)
-            latents = ldm.encode(image)
-            latents = torch.cat([latents + 0.02 * torch.randn_like(latents), samples[pick]])
-            target = torch.cat([image, sampled_hr[pick]]) * 2 - 1
-            output = ldm.run(decode, latents)
-            loss, perceptual = reconstruction_loss(output, target, half)
-            printed = mean_cell(output[half:] / 2 + 0.5)[0].var(1, correction=0).mean()  # 0: no cell repeats itself
-            figures = {"l1": F.l1_loss(output.detach(), target), "lpips": perceptual, "printed": printed.detach()}
-            return loss + args.grid_coef * printed, figures
-
-        stretch("decoder", vae, "vqvae", loss_of_decoder)
+        stretch("decoder", vae, "vqvae", decoder_training(args, ldm, crops, lpips))
     writer.close()
     table = report(args, crops, device)
     seen = ", ".join(f"{log[part]} crops ({part})" for part in ("autoencoder", "unet", "decoder"))
