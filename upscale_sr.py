@@ -271,22 +271,24 @@ class Upscaler:
         places = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, 6).round().astype(int)[1:-1])]
         lr, z = self.inputs(places, {r: self.tile_row(r) for r, _ in places})
 
-        def policy(maps, numbers):
+        def mean_action(maps, numbers):
             self.actions.append(self.agent.policy(maps, numbers).mean.mean(0, keepdim=True))
-            return Normal(self.actions[-1].expand(len(maps), -1), 1.0)
+            return self.actions[-1]
 
-        self.mdp.denoise(lr.clamp(0, 1), z, SimpleNamespace(policy=policy, edit_policy=self.agent.edit_policy))
+        self.mdp.denoise(lr.clamp(0, 1), z, self.agent_of(mean_action))
+
+    def agent_of(self, action):
+        """The agent, but noise and stride of all tiles are what `action` gives of maps and numbers, (1, 2)."""
+
+        def policy(maps, numbers):
+            return Normal(action(maps, numbers).expand(len(maps), -1), 1.0)
+
+        return SimpleNamespace(policy=policy, edit_policy=self.agent.edit_policy)
 
     def steered(self):
         """The agent with the scene's own noise and stride; those of a single tile are the scene's."""
-        if not self.actions:
-            return self.agent
         actions = iter(self.actions)
-
-        def policy(maps, numbers):
-            return Normal(next(actions).expand(len(maps), -1), 1.0)
-
-        return SimpleNamespace(policy=policy, edit_policy=self.agent.edit_policy)
+        return self.agent_of(lambda maps, numbers: next(actions)) if self.actions else self.agent
 
     @torch.no_grad()
     def super_resolve(self, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -481,7 +483,7 @@ def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
 
 
 def write_vrt(scene: Scene, parts: list[Path], target: Path) -> list[str]:
-    """The parts of several processes as one image, a VRT: no two of them ever write one file."""
+    """The parts as one image, a VRT, so that no two processes ever write one file -> what was kept, in words."""
     at, width = 0, 4 * scene.width
     bands = [str(band) for band in range(1, scene.count + bool(scene.alpha) + 1)] + ["mask,1"] * scene.masked
     sources = dict.fromkeys(bands, "")
