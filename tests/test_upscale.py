@@ -90,6 +90,25 @@ def test_the_result_is_exactly_four_times_as_large_and_downscales_to_the_image(t
         assert np.abs(half_again(sr.read()) - values.transpose(2, 0, 1)).mean() < 3
 
 
+def test_a_picture_is_what_the_tables_have_consistent_once_more(tiny, tmp_path):
+    mdp, agent = tiny
+    values = pixels(48, 48)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    _, sr = result(tiny, tmp_path / "a.png")
+    lr = torch.from_numpy(np.pad(values, ((8, 8), (8, 8), (0, 0)), mode="symmetric").transpose(2, 0, 1)[None] / np.float32(255))
+    z = up.noise_at(0, 3, -8, -8, 64)[None]
+    expected = orl.make_consistent(mdp.super_resolve(lr, z, agent)[0], lr)[0, :, 32:-32, 32:-32]
+    assert np.abs(sr.read() - 255 * expected.numpy()).max() <= 0.51
+
+
+def test_what_is_darker_than_black_and_brighter_than_white_comes_back(tiny, tmp_path):
+    values = np.full((3, 48, 48), 50, np.float32)
+    values[:, 10:20, 10:20], values[:, 30:40, 30:40] = -60, 160
+    _, sr = result(tiny, raster(tmp_path / "a.tif", values), scale=(0.0, 100.0))
+    found = half_again(sr.read())
+    assert np.abs(found - values)[:, 10:20, 10:20].mean() < 3 and np.abs(found - values)[:, 30:40, 30:40].mean() < 3
+
+
 def test_neither_windows_nor_batches_nor_what_is_read_at_once_change_a_pixel(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(up, "TILE", 48)  # small ones, for the test's seconds
     Image.fromarray(pixels(180, 130)).save(tmp_path / "a.png")
