@@ -372,11 +372,8 @@ def decoder_training(args: Args, ldm: orl.LDM, crops: Crops, lpips):
     def sampled_crops(n: int, calls: int):
         """What the plain LDM gives after so many calls: clean latents (n, c, 24, 24), and the HR crops."""
         image = crops(n, 96)
-        lr, z = downscale(image) * 2 - 1, torch.randn(n, LATENT_CHANNELS, 24, 24, device=ldm.device)
-        ldm.scheduler.set_timesteps(calls)
-        for t in ldm.scheduler.timesteps:
-            z = ldm.scheduler.step(ldm.run(ldm.unet, torch.cat([z, lr], 1), t), t, z).prev_sample
-        return z, image
+        lr, z = downscale(image), torch.randn(n, LATENT_CHANNELS, 24, 24, device=ldm.device)
+        return orl.Denoising(ldm, calls, calls).denoise(lr, z)[0], image
 
     # a pool again: `share` crops for each number of calls, two of which are renewed at every step
     drawn = [sampled_crops(share // 4, k) for k in choices for _ in range(4)]
