@@ -42,8 +42,6 @@ class Args:
     dataset: tuple[str, ...] = ("runs/scenes",)  # image folders or Hub names; every scene of their train splits is used
     small_share: float = 0.05  # share of crops drawn from datasets after the first two (the synthetic scenes)
     smooth_share: float = 0.08  # share of crops of smooth ground: a colour, a gradient, a slow wave
-    turned_share: float = 0.25  # share of crops from images turned by any angle, where they are large enough
-    colour_share: float = 0.5  # share of crops of other brightness, contrast, saturation and hue
     output: str = "runs/ldm_x4"  # folder to write, in diffusers' layout
     resume: bool = False  # go on from the weights in --output
     held_out: int = 12  # one training image in so many is never trained on: the curve's
@@ -134,20 +132,6 @@ def smooth(n: int, size: int) -> torch.Tensor:
     return ((colour + tint * (gradient + wave)).clamp(0, 1) * 255).round() / 255
 
 
-def turned(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (3, H, W) -> (3, s, s): the largest square in its middle that is whole once the image is turned by a random
-    angle; the image itself, where s would be below `size`."""
-    (h, w), angle = pixels.shape[1:], math.pi / 2 * torch.rand(()).item()
-    cos, sin = math.cos(angle), math.sin(angle)
-    side = int(min(h, w) / (cos + sin))
-    if side < size:
-        return pixels
-    turn = torch.tensor([[cos * side / w, -sin * side / w, 0], [sin * side / h, cos * side / h, 0]])
-    grid = F.affine_grid(turn[None].to(pixels.device), (1, 3, side, side), align_corners=False)
-    image = F.grid_sample(pixels[None].float(), grid, "bicubic", "reflection", align_corners=False)
-    return image[0].round().clamp(0, 255).byte()
-
-
 def zoomed(pixels: torch.Tensor, size: int, smallest: float) -> torch.Tensor:
     """uint8 (3, H, W) -> (3, size, size): a random crop, in half of the cases of the image scaled down by a random
     factor of at least `smallest`."""
@@ -168,9 +152,7 @@ class Crops:
             kept = range(0, len(images.files), args.held_out)
             self.held_out.append(torch.stack([images.centre(i, 1, EVAL_CROP) for i in kept]))
             images.pixels = [pixels for i, pixels in enumerate(images.pixels) if i not in kept]
-        self.zoom, self.turned_share = args.zoom, args.turned_share
-        jitter = v2.ColorJitter(brightness=0.2, contrast=0.3, saturation=0.4, hue=0.05)
-        self.recoloured = v2.RandomApply([jitter], args.colour_share)
+        self.zoom = args.zoom
         weight = [float(len(images.pixels)) for images in self.sets]
         small = sum(weight[2:])
         if small:
@@ -189,11 +171,9 @@ class Crops:
         return torch.stack(batch[:n]).contiguous(memory_format=torch.channels_last)
 
     def crop(self, images: orl.Images, size: int) -> torch.Tensor:
-        """One crop (3, size, size) in [0, 1] of a random image, flipped, turned and recoloured."""
-        pixels, turn = images.pixels[int(torch.randint(len(images.pixels), ()))], int(torch.randint(8, ()))
-        if torch.rand(()) < self.turned_share:
-            pixels = turned(pixels, size)
-        crop = self.recoloured(zoomed(pixels, size, self.zoom).rot90(turn, (1, 2)))
+        """One crop (3, size, size) in [0, 1] of a random image, flipped and turned."""
+        which, turn = int(torch.randint(len(images.pixels), ())), int(torch.randint(8, ()))
+        crop = zoomed(images.pixels[which], size, self.zoom).rot90(turn, (1, 2))
         return (crop.flip(2) if turn < 4 else crop).float() / 255
 
 
@@ -462,9 +442,8 @@ def report(args: Args, crops: Crops, device: torch.device) -> str:
 def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace")
     least = {"held_out": 2, "batch_autoencoder": 2, "batch_unet": 2, "batch_decoder": 2, "layers": 1, "zoom": 0.1}
-    least |= {"small_share": 0, "smooth_share": 0, "first_share": 0, "turned_share": 0, "colour_share": 0}
-    most = {"small_share": 0.99, "smooth_share": 0.99, "first_share": 0.99, "turned_share": 1, "colour_share": 1}
-    most |= {"zoom": 1, "layers": 16}
+    least |= {"small_share": 0, "smooth_share": 0, "first_share": 0}
+    most = {"small_share": 0.99, "smooth_share": 0.99, "first_share": 0.99, "zoom": 1, "layers": 16}
     orl.check_bounds(args, least, most)
     if args.crop % 16 or args.crop < orl.LEAST_CROP:
         stop(f"--crop {args.crop} must be a multiple of 16, 4 x the U-Net's stride, from {orl.LEAST_CROP} on")

@@ -311,18 +311,6 @@ def test_smooth_crops_are_images_and_smooth():
     assert crops.diff(dim=3).abs().max() < 0.08 and crops.mean(dim=(1, 2, 3)).std() > 0.2
 
 
-def test_a_turned_training_image_is_neither_stretched_nor_mirrored_at_its_border():
-    torch.manual_seed(0)
-    ramp = torch.arange(160).expand(3, 120, 160).to(torch.uint8)  # of slope 1, as every turned image of it is
-    sides = set()
-    for _ in range(50):
-        image = pretrain_ldm.turned(ramp, 90).float()
-        dy, dx = image[:, 20:, :-20] - image[:, :-20, :-20], image[:, :-20, 20:] - image[:, :-20, :-20]
-        assert (torch.hypot(dy, dx) / 20 - 1).abs().max() < 0.08
-        sides.add(image.shape[1])
-    assert len(sides) > 5 and min(sides) >= 90
-
-
 def test_the_readme_explains_every_logged_metric(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
