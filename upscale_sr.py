@@ -1,68 +1,69 @@
-"""Super-resolves your own images 4x with the LDM and an agent that `ppo_ldm_sr.py` trained: photographs, GeoTIFFs,
-whole satellite scenes, folders.
+"""Super-resolves your own images 4x with the LDM and an agent that `ppo_ldm_sr.py` trained.
 
     python upscale_sr.py photo.png scene.tif folder/ --output out         # NAME_sr.png, NAME_sr.tif, out/**/NAME_sr.*
-    torchrun --nproc-per-node 4 upscale_sr.py scene.tif --output out      # four processes share it: out/scene_sr.vrt
+    torchrun --nproc-per-node 4 upscale_sr.py scene.tif --output out      # four processes share the work
 
-A scene is read, computed and written by rows of tiles, so that memory does not grow with its height; only pictures
-(PNG, JPEG, WebP, ...) are read at once, at 9 bytes a pixel, and a JPEG is written at once, at 4. Where tiles lie and
-what noise a pixel begins with depend on the pixel's place alone, and the agent's noise and stride are taken once from
-tiles all over the scene: neither --window nor the number of processes changes a value. What is finished is kept in
-NAME_sr.tif.parts until all is; the same command goes on there.
-
-What comes out is what went in: kind of file (what can be read but not written so becomes .tif), bands (one band as
-grey), type, holes, coordinates of every kind, tags, scales and units of bands, colour profile; what cannot be kept is
-named. 8 bits are shown as they are, 0 to 255; for anything else black and white are --scale, or the 2nd and 98th
-percentile of the scene, for all bands alike.
+A scene is read, computed and written by rows of tiles, so that memory does not grow with its height. Processes with
+the same command share the work, however they were started, and the same command goes on where a killed one was. No
+value depends on --window or on the number of processes or threads. A result carries what made it: where input,
+settings, agent, LDM and version are the same it is kept, else it is made again. 8 bits are shown as they are, 0 to 255;
+for anything else black and white are --scale, or the 2nd and 98th percentile of the scene, for all bands alike.
+docs/upscale.md says what is kept of each kind of file.
 """
 
 import base64
+import hashlib
+import io
 import json
 import os
-import re
 import shutil
+import signal
 import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
-from xml.sax.saxutils import escape
 
+import filelock
 import numpy as np
 import rasterio
 import rasterio.fill
 import rasterio.shutil
 import torch
-import torch.nn.functional as F
 import tyro
 from affine import Affine, dumpsw
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
+from rasterio._err import CPLE_BaseError  # GDAL's own errors, which rasterio.errors does not name
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 from torch.distributions import Normal
 from tqdm import tqdm
 
 import ppo_ldm_sr as orl
-from eval_sr import load_agent, load_run
 from ppo_ldm_sr import stop, upscale
 
-TILE = 144  # LR px of a tile
-OVERLAP = 16  # LR px that neighbouring tiles share and fade across
+TILE = 144  # LR px of a tile's side at most
+OVERLAP = 8  # LR px that neighbouring tiles share and fade across
 EDGE = OVERLAP // 2
-BLOCK = 256  # latent cells a side that one generator draws noise for
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # written as such; everything else as GeoTIFF
-WRITTEN = 128  # SR rows turned into the scene's type, or a JPEG's, at once
-# no mask in a file of its own, whatever the user has set; bytes of blocks that are not decoded again for each row
-GDAL = {"GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": 256_000_000}
+MADE_BY = '{"made_by": "upscale_sr.py of ORL-LDM", '  # begins what a result says of itself
+WRITTEN = 128  # SR rows that are turned into the scene's type and written at once
+SUFFIXES = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "GTiff": (".tif",)}  # of the results, by kind
 OF_THE_FILE = {"IMAGE_STRUCTURE", "SUBDATASETS", "DERIVED_SUBDATASETS", "COLOR_PROFILE", "RPC"}  # tags not to copy
-COLOURS = {1: [ColorInterp.gray], 3: [ColorInterp.red, ColorInterp.green, ColorInterp.blue]}
+GREY, RGB, ALPHA = [ColorInterp.gray], [ColorInterp.red, ColorInterp.green, ColorInterp.blue], ColorInterp.alpha
+# what bad files and full disks raise; SyntaxError: Pillow for a broken PNG; RuntimeError: PyTorch out of memory
+ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError, ImageCms.PyCMSError,
+          rasterio.errors.RasterioError, CPLE_BaseError)  # fmt: skip
+Image.MAX_IMAGE_PIXELS = None  # a large picture is a user's own
 warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
 warnings.filterwarnings("ignore", category=rasterio.errors.NodataShadowWarning)
+if (Path(rasterio.__file__).parent / "proj_data" / "proj.db").is_file():
+    for name in ("PROJ_LIB", "PROJ_DATA"):  # rasterio has its own: another program's may be of another version
+        os.environ.pop(name, None)
 
 
 @dataclass
@@ -73,157 +74,168 @@ class Args:
     ldm: str | None = None  # LDM that the agent was trained with (None: as its run folder says)
     bands: tuple[int, int, int] | None = None  # bands to take as red, green and blue (None: 1 2 3, or the only one)
     scale: tuple[float, float] | None = None  # values that are black and white (None: 0 255 of 8 bits, else 2% and 98%)
+    nodata: float | None = None  # the value of a hole (None: as the file says; nan: no value is one)
     overwrite: bool = False  # do again what is finished
-    batch_size: int | None = None  # tiles denoised at once (None: 1 on a CPU, whose caches hold no more, 16 on CUDA)
     window: int = 512  # LR rows that are computed again at most after a kill
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     seed: int = 0  # seed of the noise
 
 
 # ------------------------------------------------------------------------------------------------ reading
-
-
-def numbers(values: np.ndarray) -> np.ndarray:
-    """Which of the values are numbers, not NaN, infinity or a float type's greatest or least, which some programs write
-    into holes without saying so."""
-    return np.abs(values) < 1e38
+def kind_of(file: Path) -> str:
+    """PNG or JPEG by the file's first bytes, whatever its name says; GTiff for all else."""
+    with suppress(OSError), open(file, "rb") as opened:
+        head = opened.read(4)
+        return "PNG" if head == b"\x89PNG" else "JPEG" if head[:3] == b"\xff\xd8\xff" else "GTiff"
+    return "GTiff"  # it is named when it is read
 
 
 class Scene:
-    """An LR image, read by rows: `height`, `width`, `count` (1 or 3), `dtype`, the values of black and white, `scale`.
-    Raises ValueError or rasterio's and Pillow's errors where it cannot be read as what it is."""
+    """An LR image, read by rows, of 1 or 3 bands. Raises one of ERRORS where it cannot be read as what it is."""
 
-    def __init__(self, file: Path, bands: tuple[int, int, int] | None, scale: tuple[float, float] | None):
-        self.kind, self.icc, self.foreign, source = PICTURES.get(file.suffix.lower(), "GTiff"), None, "", None
-        self.lock, pages, turned = threading.Lock(), 1, False  # a file is read by one thread at a time
-        try:
-            with Image.open(file) as image:
-                self.foreign = image.mode if image.mode in ("CMYK", "LAB") else ""
-                raster = image.format in ("TIFF", "JPEG2000") and not self.foreign  # which rasterio reads in windows
-                if not raster and orl.bits_per_channel(file.read_bytes(), image) <= 8:
-                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-                    source, pages = self.open_picture(image), getattr(image, "n_frames", 1)
-                    profile = None if self.foreign else image.info.get("icc_profile")
-                    self.icc = base64.b64encode(profile).decode() if profile else None  # as GDAL has it
-        except (OSError, Image.DecompressionBombError):
-            pass  # what Pillow does not know, rasterio may
+    def __init__(self, file: Path, args: Args):
+        self.args, self.kind, self.icc, self.scale, self.left_out, self.notes = args, kind_of(file), None, None, [], []
+        self.placed, picture, mode, pages = None, None, "", 1
         try:
             self.placed = rasterio.open(file)  # where coordinates are, a world file's too
-        except rasterio.errors.RasterioIOError:
-            if source is None:
-                raise
-            self.placed = source
+            pages = len(self.placed.subdatasets)
+        except rasterio.errors.RasterioIOError as error:
+            unread = error
+        with suppress(OSError, SyntaxError), Image.open(file) as image:
+            mode, raster = image.mode, image.format in ("TIFF", "JPEG2000")  # which rasterio reads by rows
+            if mode in ("P", "CMYK") or not (raster or (self.placed and self.placed.dtypes[0] != "uint8")):
+                pages, picture = getattr(image, "n_frames", 1), self.open_picture(image)
+        self.source = source = picture or self.placed
         if source is None:
-            source, pages = self.placed, len(self.placed.subdatasets)
-            if not source.count:
-                raise ValueError(f"it has no bands of its own, but {pages} datasets inside; take one out, as a .tif")
-            self.icc = source.tags(ns="COLOR_PROFILE").get("SOURCE_ICC_PROFILE")
-        self.source = source
-        self.left_out = [f"{pages - 1} further page(s)"] if pages > 1 else []  # in words
-        if turned and not self.placed.transform.is_identity:
-            self.left_out.append("coordinates, since EXIF turns the picture")
-            self.placed = source
+            raise unread
+        if not source.count:
+            raise ValueError(f"it has no bands of its own, but {pages} datasets inside: save one as a .tif")
+        self.placed, self.is_picture = self.placed or source, picture is not None
+        self.full = picture or rasterio.open(file, OVERVIEW_LEVEL="NONE")  # whose pixels no overview stands in for
+        if icc := self.placed.tags(ns="COLOR_PROFILE").get("SOURCE_ICC_PROFILE"):
+            self.icc = base64.b64decode(icc)
+        self.height, self.width, self.dtype = source.height, source.width, source.dtypes[0]
+        marks, flags = source.colorinterp, set(source.mask_flag_enums[0])
+        if (mode == "LAB" or self.dtype.startswith("complex") or len(set(source.dtypes)) > 1
+                or ColorInterp.palette in marks or "MINISWHITE" in self.placed.tags(ns="IMAGE_STRUCTURE")):  # fmt: skip
+            raise ValueError("CIELAB, MINISWHITE, complex numbers, bands of several types and colour tables of more "
+                             "than 8 bits are not supported: save it as grey or RGB")  # fmt: skip
+        if self.kind == "JPEG" and (self.dtype != "uint8" or 4 * max(self.height, self.width) > 65_500):
+            raise ValueError("its result is larger or deeper than a JPEG can be: save it as a .tif")
         # GDAL's transform of a .ppm is all zeros: no place
         self.transform = Affine.identity() if self.placed.transform.is_degenerate else self.placed.transform
-        self.height, self.width, self.dtype = source.height, source.width, source.dtypes[0]
-        if self.dtype.startswith("complex") or len(set(source.dtypes)) > 1:
-            raise ValueError(f"its bands are {', '.join(sorted(set(source.dtypes)))}")
-        data = [i for i, kind in zip(source.indexes, source.colorinterp) if kind != ColorInterp.alpha]
-        self.alpha = next((i for i, kind in zip(source.indexes, source.colorinterp) if kind == ColorInterp.alpha), None)
-        self.palette = None
-        if source.colorinterp[0] == ColorInterp.palette and source.count == 1:
-            self.palette = np.zeros((np.iinfo(self.dtype).max + 1, 3), np.uint8)
-            for index, colour in source.colormap(1).items():
-                self.palette[index] = colour[:3]
-            self.count, self.bands, self.dtype = 3, (1,), "uint8"
-        else:
-            self.bands = bands or (tuple(data[:3]) if len(data) >= 3 else (data[0],))
-            if max(self.bands) > source.count or min(self.bands) < 1:
-                raise ValueError(f"it has {source.count} band(s), not {max(self.bands)}")
-            self.count = len(self.bands)
-        if dropped := sorted(set(data) - set(self.bands)):
-            self.left_out.append(f"bands {dropped}")
-        self.nodata = source.nodata if self.palette is None else None  # the value of a hole; colours have none
-        # whether a mask tells its holes, for want of a value, NaN or alpha that does
-        flags = {MaskFlags.per_dataset} if self.palette is None else {MaskFlags.per_dataset, MaskFlags.nodata}
-        self.masked = bool(flags & set(source.mask_flag_enums[0])) and not self.alpha
-        self.masked = self.masked and np.issubdtype(self.dtype, np.integer)
-        self.inverted = source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # white is the smaller value
-        if scale is None:
-            bits = int(source.tags(self.bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 8)) if self.palette is None else 8
-            low, high = (0.0, 2.0**bits - 1) if self.dtype == "uint8" else self.percentiles()  # 15 is white of 4 bits
-            scale = (high, low) if self.inverted else (low, high)
-        self.scale = scale
-        if self.kind == "JPEG" and 4 * max(self.height, self.width) > 65_500:
-            raise ValueError("its result is larger than a JPEG can be; save it as .tif first")
+        data = [i for i in source.indexes if marks[i - 1] != ALPHA]
+        self.alpha = marks.index(ALPHA) + 1 if ALPHA in marks else None
+        self.bands = args.bands or tuple(data[: 3 if len(data) >= 3 else 1])
+        if not self.bands or not 1 <= min(self.bands) <= max(self.bands) <= source.count:
+            raise ValueError(f"it has {source.count} band(s), of which --bands names others")
+        self.count, dropped = len(self.bands), ", ".join(str(i) for i in data if i not in self.bands)
+        self.left_out += [f"{pages - 1} further page(s)"] * (pages > 1) + [f"band(s) {dropped}"] * bool(dropped)
+        rgb = self.count == 3 and (self.dtype == "uint8" or {marks[i - 1] for i in self.bands} == {*RGB})
+        self.photometric, self.whole = "rgb" if rgb else "minisblack", np.issubdtype(self.dtype, np.integer)
+        self.nodata = source.nodata if args.nodata is None else args.nodata  # what the result declares
+        self.nodata = self.nodata if np.isfinite(self.nodata or 0) or not self.whole else None
+        self.use_mask = MaskFlags.per_dataset in flags or (MaskFlags.nodata in flags and args.nodata is None)
+        # whether a mask tells the result's holes, for want of a value, NaN or alpha that does
+        self.masked = MaskFlags.per_dataset in flags and self.whole and not self.alpha
+        self.zeros, self.kept = False, None  # whether 0 in all bands is a hole; what was kept, once it is written
 
     def open_picture(self, image: Image.Image):
         """An 8-bit picture, upright, as rasterio's dataset of 1 to 4 bands."""
-        grey, transparent = image.mode in ("1", "L", "LA"), "transparency" in image.info
-        ImageOps.exif_transpose(image, in_place=True)
-        image = orl.to_srgb(image) if self.foreign else image
-        alpha = transparent or "A" in image.getbands()
-        mode = {(1, 1): "LA", (1, 0): "L", (0, 1): "RGBA", (0, 0): "RGB"}[grey, alpha]
+        profile, turned = image.info.get("icc_profile"), image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        if turned and self.placed and not self.placed.transform.is_identity:
+            self.left_out.append("coordinates, since EXIF turns the picture")
+        self.placed = None if turned else self.placed
+        if image.mode == "CMYK":
+            self.notes.append("CMYK is written as sRGB")
+            if profile:
+                srgb = ImageCms.createProfile("sRGB")
+                image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
+                profile = None
+        elif image.mode == "P":
+            self.notes.append("its colour table is written as colours")
+            if self.placed and self.placed.nodata is not None:
+                image.info["transparency"] = int(self.placed.nodata)
+        self.icc = profile
+        grey, alpha = image.mode in ("1", "L", "LA"), image.has_transparency_data
+        image = ImageOps.exif_transpose(image).convert(("L" if grey else "RGB") + "A" * alpha)
+        pixels = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
         self.memory = rasterio.MemoryFile()
-        profile = {"driver": "GTiff", "count": len(mode), "height": image.height, "width": image.width}
-        with self.memory.open(**profile, dtype="uint8", photometric="minisblack" if grey else "rgb") as target:
+        size = {"count": len(pixels), "height": image.height, "width": image.width, "dtype": "uint8"}
+        with self.memory.open(driver="GTiff", **size, photometric="minisblack" if grey else "rgb") as target:
             if alpha:
-                target.colorinterp = [*COLOURS[len(mode) - 1], ColorInterp.alpha]
-            for top in range(0, image.height, 1024):  # not at once: it may be large
-                rows = image.crop((0, top, image.width, min(top + 1024, image.height))).convert(mode)
-                pixels = np.atleast_3d(np.asarray(rows)).transpose(2, 0, 1)
-                target.write(pixels, window=Window(0, top, image.width, rows.height))
+                target.colorinterp = [*(GREY if grey else RGB), ALPHA]
+            target.write(pixels)
         return self.memory.open()
 
-    def percentiles(self) -> tuple[float, float]:
-        """2nd and 98th percentile of the valid values, of a million pixels at most spread over the scene."""
-        step = max(1, int((self.height * self.width / 1e6) ** 0.5))
-        shape = (-(-self.height // step), -(-self.width // step))
-        values = self.source.read(self.bands, out_shape=(len(self.bands), *shape)).astype(np.float64)
-        valid = (self.source.read_masks(self.bands, out_shape=(len(self.bands), *shape)) > 0) & numbers(values)
+    def fetch(self, window: Window | None = None, step: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Values (1 or 3, h, w) of a window, or of every step-th pixel; which are valid; the alpha band or None."""
+        h, w = (window.height, window.width) if window else (-(-self.height // step), -(-self.width // step))
+        source = self.source if step == 1 else self.full
+        values = source.read(self.bands, window=window, out_shape=(self.count, h, w))
+        valid = np.abs(values) < 1e38  # no NaN, no infinity, no end of a float type, which some programs write
+        if self.use_mask:  # GDAL's, which an alpha band is too
+            valid &= source.read_masks(self.bands, window=window, out_shape=values.shape) > 0
+        if self.args.nodata is not None:
+            valid &= values != self.args.nodata
+        if self.zeros:
+            valid &= values.any(0)
+        return values, valid, source.read(self.alpha, window=window, out_shape=(h, w)) if self.alpha else None
+
+    def look(self) -> None:
+        """Looks at a million pixels spread over the scene, at full resolution: whether the alpha band is one, where
+        holes are that nothing declares, and which values are black and white."""
+        if self.scale:
+            return
+        values, valid, alpha = self.fetch(step=max(1, int((self.height * self.width / 1e6) ** 0.5)))
+        if alpha is not None and not self.is_picture:
+            if ((alpha > 0) & (alpha < np.iinfo(alpha.dtype).max)).mean() < 0.01:
+                self.notes.append(f"band {self.alpha} is taken for alpha")
+            else:  # near infrared, say: GDAL marks the fourth of four 8-bit bands so by itself
+                self.left_out.append(f"band {self.alpha}, marked alpha, which has more values than 0 and the largest")
+                self.alpha, self.use_mask, valid = None, False, np.ones_like(valid)
+        empty = (~values.any(0)).mean()
+        if empty > 0.01 and not self.use_mask and not self.is_picture and self.args.nodata is None:
+            self.zeros, valid = True, valid & values.any(0)
+            self.notes.append(f"{empty:.0%} of the pixels are 0 in all bands and stay so, as holes: --nodata 0 "
+                              "declares them, --nodata nan takes them for values")  # fmt: skip
         if not valid.any():
             raise ValueError("it has no valid pixel")
-        low, high = (float(v) for v in np.percentile(values[valid], (2, 98)))
-        return (low, high) if high > low else (low - 0.5, low + 0.5)  # a flat image
-
-    def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """LR rows first to last - 1 -> values (1 or 3, rows, width), which are valid, the alpha channel or None."""
-        window = Window(0, first, self.width, last - first)
-        with self.lock:
-            values, mask = (read(self.bands, window=window) for read in (self.source.read, self.source.read_masks))
-            alpha = self.source.read(self.alpha, window=window) if self.alpha else None
-        values = self.palette[values[0]].transpose(2, 0, 1) if self.palette is not None else values
-        values = values.astype(np.result_type(self.dtype, np.float32))  # 32 bits and more: in float64
-        return values, (mask > 0) & numbers(values), alpha
+        bits = self.source.tags(self.bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 8)  # 15 is white of 4 bits
+        low, high = np.percentile(values[valid].astype(np.float64), (2, 98)).tolist()
+        low, high = (0.0, 2.0 ** int(bits) - 1) if self.dtype == "uint8" else (low, high)
+        self.scale = self.args.scale or ((low, high) if high > low else (low - 0.5, low + 0.5))  # a flat image
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """LR rows first to last - 1 as the networks see them: (3, rows, width), [0, 1] black to white, holes filled
         from their surroundings."""
-        values, valid, _ = self.read(first, last)
-        values = np.where(valid, values, self.scale[0])
-        values = ((values - self.scale[0]) / (self.scale[1] - self.scale[0])).astype(np.float32)
+        (low, high), (values, valid, _) = self.scale, self.fetch(Window(0, first, self.width, last - first))
+        values = np.where(valid, values, 0).astype(np.result_type(self.dtype, np.float32))  # 32 bits: float64
+        values = ((values - low) / (high - low)).astype(np.float32)
         if not valid.all():
-            known = valid.astype(np.uint8)
-            values = np.stack([rasterio.fill.fillnodata(*pair) for pair in zip(values, known)])
+            values = np.stack([rasterio.fill.fillnodata(*pair) for pair in zip(values, valid.astype(np.uint8))])
         return values if len(values) == 3 else values.repeat(3, axis=0)
 
 
 # ------------------------------------------------------------------------------------------------ computing
+class SharedLDM(orl.LDM):
+    """An LDM that several threads call at once: the hidden maps that it keeps for a moment are each thread's own."""
+
+    kept = threading.local()
+    hidden = property(lambda self: self.kept.maps, lambda self, maps: setattr(self.kept, "maps", maps))
 
 
-@lru_cache(maxsize=256)
-def noise_block(seed: int, channels: int, i: int, j: int) -> torch.Tensor:
-    """Noise (channels, BLOCK, BLOCK) of one block of the latent grid, the same whoever asks for it and when."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + i) * 1_000_003 % 2**62 + j)
-    return torch.randn(channels, BLOCK, BLOCK, generator=generator)
+class SceneAgent:
+    """An agent whose action at each step is the same for all tiles: its mean over those that it sees first."""
 
+    def __init__(self, agent: orl.Agent):
+        self.agent, self.edit_policy, self.actions = agent, agent.edit_policy, {}
 
-def noise_at(seed: int, channels: int, top: int, left: int, side: int) -> torch.Tensor:
-    """Noise (channels, side, side) of the latent cells from (top, left) on, side at most BLOCK."""
-    i, j = top // BLOCK, left // BLOCK
-    rows = [torch.cat([noise_block(seed, channels, i + a, j + b) for b in (0, 1)], 2) for a in (0, 1)]
-    top, left = top - i * BLOCK, left - j * BLOCK
-    return torch.cat(rows, 1)[:, top : top + side, left : left + side]
+    def policy(self, spatial_obs: torch.Tensor, scalar_obs: torch.Tensor) -> Normal:
+        spent = scalar_obs[0, 1].item()  # NFE so far, which names the step
+        if spent not in self.actions:
+            self.actions[spent] = self.agent.policy(spatial_obs, scalar_obs).mean.mean(0, keepdim=True)
+        return Normal(self.actions[spent].expand(len(spatial_obs)), 1.0)
 
 
 def fade(length: int, overlap: int, first: bool, last: bool) -> torch.Tensor:
@@ -232,408 +244,370 @@ def fade(length: int, overlap: int, first: bool, last: bool) -> torch.Tensor:
     return (torch.ones(length) if first else ramp) * (torch.ones(length) if last else ramp.flip(0))
 
 
+def grid(length: int, stride: int) -> tuple[int, int]:
+    """LR px of a scene's side -> tiles along it, of one size and as few as TILE allows, and px from one to the next."""
+    side = max(32, -(-length // -(-length // (TILE - OVERLAP))) + OVERLAP)
+    step = -(-side // stride) * stride - OVERLAP  # a tile's side is a multiple of the U-Net's stride
+    return -(-length // step), step
+
+
 class Upscaler:
-    """LDM and agent (None: the plain LDM) for one scene."""
+    """LDM and agent for one scene. Each thread of `pool` computes tiles with one thread of PyTorch's own: on a CPU the
+    order of sums, and with it the image, would otherwise depend on the number of threads."""
 
-    def __init__(self, mdp: orl.Denoising, agent: orl.Agent | None, scene: Scene, batch_size: int, seed: int):
-        self.mdp, self.agent, self.scene, self.batch_size, self.seed = mdp, agent, scene, batch_size, seed
-        stride = mdp.ldm.stride
-        least = -(-(max(scene.height, scene.width) + OVERLAP) // stride) * stride
-        self.tile = min(-(-TILE // stride) * stride, max(least, 2 * OVERLAP))
-        self.step = self.tile - OVERLAP
-        self.num_rows, self.num_columns = (-(-side // self.step) for side in (scene.height, scene.width))
+    def __init__(self, env: orl.DenoisingEnv, agent: orl.Agent, scene: Scene, seed: int, pool: ThreadPoolExecutor):
+        self.env, self.agent, self.scene, self.seed, self.pool = env, SceneAgent(agent), scene, seed, pool
+        self.num_rows, self.down = grid(scene.height, env.ldm.stride)
+        self.num_columns, self.across = grid(scene.width, env.ldm.stride)
+        tops = [max(0, 4 * (r * self.down - EDGE)) for r in range(self.num_rows)]
+        self.tops = [*tops, 4 * scene.height]  # SR rows that rows of tiles begin with
         self.below = -1, None  # the last row of tiles that was computed, and what of it fades into the next
-        self.actions = []  # noise and stride at each call, for the whole scene
-        if agent and self.num_rows * self.num_columns > 1:
-            self.decide()
 
-    def tile_row(self, r: int) -> np.ndarray:
-        """The LR values (3, tile, columns) that row r of tiles sees: reflected beyond the scene's border."""
-        top, h, w = r * self.step - EDGE, self.scene.height, self.scene.width
-        first, last = max(top, 0), min(top + self.tile, h)
-        values = self.scene.rows(first, last)
-        right = self.num_columns * self.step + EDGE - w
-        around = ((0, 0), (first - top, top + self.tile - last), (EDGE, right))
-        return np.pad(values, around, mode="symmetric")
-
-    def inputs(self, tiles: list[tuple[int, int]], rows: dict[int, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tiles (row, column) of rows of LR values -> their LR (n, 3, tile, tile), not clipped, and noise."""
-        ldm, step, side = self.mdp.ldm, self.step, self.tile
-        lr = np.stack([rows[r][:, :, c * step : c * step + side] for r, c in tiles])
-        corners = [(r * step - EDGE, c * step - EDGE) for r, c in tiles]
-        z = torch.stack([noise_at(self.seed, ldm.latent_channels, *corner, side) for corner in corners])
-        return torch.from_numpy(lr).to(ldm.device), z.to(ldm.device)
+    def read(self, r: int, columns) -> torch.Tensor:
+        """LR tiles of row r in some columns, reflected beyond the scene's border, and noise: (n, 3 + c, h, w)."""
+        top, (h, w) = r * self.down - EDGE, (self.scene.height, self.scene.width)
+        end, right = top + self.down + OVERLAP, self.num_columns * self.across + EDGE
+        around = ((0, 0), (max(0, -top), max(0, end - h)), (EDGE, right - w))
+        lr = np.pad(self.scene.rows(max(top, 0), min(end, h)), around, mode="symmetric")
+        generators = [torch.Generator().manual_seed(self.seed * 10_000_019 + y + EDGE) for y in range(top, end)]
+        noise = [torch.randn(self.env.ldm.latent_channels, right + EDGE, generator=g) for g in generators]  # a row each
+        row = torch.cat([torch.from_numpy(lr), torch.stack(noise, dim=1)])
+        return torch.stack([row[:, :, c * self.across : (c + 1) * self.across + OVERLAP] for c in columns])
 
     @torch.no_grad()
-    def decide(self) -> None:
-        """Noise and stride at each call: the agent's means over up to four tiles spread over the scene."""
-        places = [(r, c) for r in range(self.num_rows) for c in range(self.num_columns)]
-        places = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, 6).round().astype(int)[1:-1])]
-        lr, z = self.inputs(places, {r: self.tile_row(r) for r, _ in places})
-
-        def mean_action(maps, numbers):
-            self.actions.append(self.agent.policy(maps, numbers).mean.mean(0, keepdim=True))
-            return self.actions[-1]
-
-        self.mdp.denoise(lr.clamp(0, 1), z, self.agent_of(mean_action))
-
-    def agent_of(self, action):
-        """The agent, but noise and stride of all tiles are what `action` gives of maps and numbers, (1, 2)."""
-
-        def policy(maps, numbers):
-            return Normal(action(maps, numbers).expand(len(maps), -1), 1.0)
-
-        return SimpleNamespace(policy=policy, edit_policy=self.agent.edit_policy)
-
-    def steered(self):
-        """The agent with the scene's own noise and stride; those of a single tile are the scene's."""
-        actions = iter(self.actions)
-        return self.agent_of(lambda maps, numbers: next(actions)) if self.actions else self.agent
+    def choose_strides(self) -> None:
+        """Has the agent choose its strides by corners, 64 px, of up to six tiles spread over the scene."""
+        count = self.num_rows * self.num_columns
+        places = [divmod(i, self.num_columns) for i in sorted({k * count // 6 for k in range(6)})]
+        tiles = torch.cat([self.read(r, [c]) for r, c in places])[..., :64, :64].to(self.env.ldm.device)
+        self.env.denoise(tiles[:, :3].clamp(0, 1), tiles[:, 3:], self.agent)
 
     @torch.no_grad()
-    def super_resolve(self, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """What `inputs` gives (n, 3, h, w), (n, c, h, w) -> SR (n, 3, 4h, 4w), not clipped."""
-        shown = lr.clamp(0, 1)
-        sr = self.mdp.super_resolve(shown, z, self.steered())[0]
-        if not self.agent:
-            return sr
-        # consistent once more than in the tables: judges outside the reward like it better
-        sr = sr + upscale(shown - orl.downscale(sr))
-        beyond, light = lr - shown, torch.zeros_like(sr)  # darker than black, brighter than white: by back-projection
+    def super_resolve(self, tiles: torch.Tensor) -> torch.Tensor:
+        """What `read` gives -> SR (n, 3, 4h, 4w) on the CPU, not clipped."""
+        lr, z_T = tiles.to(self.env.ldm.device).split([3, tiles.shape[1] - 3], dim=1)
+        shown, downscale = lr.clamp(0, 1), self.env.sensor.downscale
+        sr = self.env.super_resolve(shown, z_T.contiguous(), self.agent)[0]
+        sr = sr + upscale(shown - downscale(sr))  # back-projected once more than in the tables
+        beyond, light = lr - shown, torch.zeros_like(sr)  # darker than black, brighter than white: back-projected too
         for _ in range(6 if beyond.any() else 0):
-            light = light + upscale(beyond - F.interpolate(light, scale_factor=0.25, mode="bicubic", antialias=True))
-        return sr + light
+            light = light + upscale(beyond - downscale(light))
+        return (sr + light).cpu()
 
-    def row(self, r: int, values: np.ndarray) -> torch.Tensor:
-        """What `tile_row` gives of row r -> its SR, faded towards the rows above and below: (3, 4 tile, 4 width)."""
-        side, width = 4 * self.tile, 4 * self.scene.width
-        total = torch.zeros(3, side, 4 * (self.num_columns * self.step + OVERLAP))
-        for first in range(0, self.num_columns, self.batch_size):
-            columns = range(first, min(first + self.batch_size, self.num_columns))
-            lr, z = self.inputs([(r, c) for c in columns], {r: values})
-            for c, part in zip(columns, self.super_resolve(lr, z).cpu()):
-                at = slice(4 * c * self.step, 4 * c * self.step + side)
-                total[:, :, at] += part * fade(side, 4 * OVERLAP, c == 0, c == self.num_columns - 1)
-        total *= fade(side, 4 * OVERLAP, r == 0, r == self.num_rows - 1).view(-1, 1)
-        return total[:, :, 4 * EDGE : 4 * EDGE + width]
+    def submit(self, r: int) -> list:
+        """Has row r of tiles computed -> its future SR, batch by batch."""
+        batches = self.read(r, range(self.num_columns)).split(16 if self.env.ldm.device.type == "cuda" else 1)
+        return [self.pool.submit(self.super_resolve, batch) for batch in batches]
+
+    def faded(self, r: int, tasks: list) -> torch.Tensor:
+        """What `submit` gave of row r -> its SR, faded towards the rows above and below: (3, 4 tile, 4 width)."""
+        h, w = 4 * (self.down + OVERLAP), 4 * (self.across + OVERLAP)
+        total = torch.zeros(3, h, 4 * (self.num_columns * self.across + OVERLAP))
+        for c, sr in enumerate(sr for _ in range(len(tasks)) for sr in tasks.pop(0).result()):  # no more are kept
+            weights = fade(w, 4 * OVERLAP, c == 0, c == self.num_columns - 1)
+            total[:, :, 4 * c * self.across :][:, :, :w] += sr * weights
+        total *= fade(h, 4 * OVERLAP, r == 0, r == self.num_rows - 1).view(-1, 1)
+        return total[:, :, 4 * EDGE : 4 * (EDGE + self.scene.width)]
 
     def strips(self, first: int, last: int):
-        """Rows first to last - 1 of tiles -> (top SR row, SR (3, rows, 4 width)) one after the other, without a gap.
-        The next one is read while a row is computed."""
-        side, fades = 4 * self.tile, 4 * OVERLAP
-        if first > 0 and self.below[0] != first - 1:
-            self.below = first - 1, self.row(first - 1, self.tile_row(first - 1))[:, side - fades :].clone()
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self.tile_row, first)
-            for r in range(first, last):
-                values = ahead.result()
-                if r + 1 < last:
-                    ahead = reader.submit(self.tile_row, r + 1)
-                strip = self.row(r, values)
-                if r > 0:
-                    strip[:, :fades] += self.below[1]
-                self.below = r, strip[:, side - fades :].clone()
-                top = 4 * (r * self.step - EDGE)
-                bottom = 4 * self.scene.height if r == self.num_rows - 1 else top + side - fades
-                skip = max(0, -top)
-                yield top + skip, strip[:, skip : bottom - top]
-                del strip  # the next one is computed while only the writer holds it
+        """Rows first to last - 1 of tiles -> what `encode` gives of their SR, piece by piece, without a gap. The next
+        row is computed while one is written."""
+        if not self.agent.actions and self.num_rows * self.num_columns > 1:
+            self.pool.submit(self.choose_strides).result()
+        start, tasks, coming = first - (first > 0 and self.below[0] != first - 1), [], []
+        try:
+            for r in range(start, last):
+                tasks = coming or self.submit(r)
+                coming = self.submit(r + 1) if r + 1 < last else []
+                strip = self.faded(r, tasks)
+                if r > 0 and self.below[0] == r - 1:
+                    strip[:, : 4 * OVERLAP] += self.below[1]
+                self.below = r, strip[:, -4 * OVERLAP :].clone()
+                if r >= first:
+                    strip = strip[:, max(0, 4 * (EDGE - r * self.down)) :]
+                    for top in range(self.tops[r], self.tops[r + 1], WRITTEN):
+                        piece = strip[:, top - self.tops[r] : min(top + WRITTEN, self.tops[r + 1]) - self.tops[r]]
+                        yield encode(self.scene, top, piece)
+                del strip  # it is large
+        finally:
+            for task in tasks + coming:
+                task.cancel()
 
 
 # ------------------------------------------------------------------------------------------------ writing
-
-
-def profile_of(scene: Scene, height: int) -> dict:
-    """rasterio's settings of a GeoTIFF of `height` SR rows."""
-    count, rgb = scene.count + bool(scene.alpha), scene.count == 3 and scene.dtype == "uint8"
-    photometric = "rgb" if rgb else "miniswhite" if scene.inverted and scene.count == 1 else "minisblack"
-    return {"driver": "GTiff", "width": 4 * scene.width, "height": height, "count": count, "dtype": scene.dtype,
-            "nodata": scene.nodata, "photometric": photometric,
-            "compress": "deflate", "NUM_THREADS": "ALL_CPUS", "tiled": True, "BIGTIFF": "IF_SAFER"}  # fmt: skip
-
-
 def encode(scene: Scene, top: int, sr: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """SR rows from `top` on, [0, 1] from black to white -> (bands, rows, 4 width) of its type, which are valid."""
-    low, high = scene.scale
+    """SR rows from `top` on (3, rows, width), [0, 1] from black to white -> (bands, rows, width) of the scene's type,
+    with its alpha, and which are valid as 255. Where the scene has a hole, its own values stay."""
+    (low, high), nodata, first = scene.scale, scene.nodata, top // 4
     values = (sr.mean(0, keepdim=True) if scene.count == 1 else sr).numpy()
     values = low + (high - low) * values.astype(np.result_type(scene.dtype, np.float32), copy=False)
-    whole, nodata = np.issubdtype(scene.dtype, np.integer), scene.nodata
-    if whole:
+    if scene.whole:
         values = values.round().clip(np.iinfo(scene.dtype).min, np.iinfo(scene.dtype).max)
     values = values.astype(scene.dtype)
-    first, last = top // 4, -(-(top + sr.shape[1]) // 4)
-    _, valid, alpha = scene.read(first, last)
+    lr, valid, alpha = scene.fetch(Window(0, first, scene.width, -(-(top + sr.shape[1]) // 4) - first))
     cut = slice(top - 4 * first, top - 4 * first + sr.shape[1])
-    valid = valid.repeat(4, 1).repeat(4, 2)[:, cut]
-    if nodata is not None and not np.isnan(nodata):
-        step = -1 if whole and nodata == np.iinfo(scene.dtype).max else 1
-        values[(values == nodata) & valid] += np.asarray(step).astype(scene.dtype)  # no value is read as a hole
-    if scene.palette is None and (nodata is not None or not whole) and not scene.alpha:
-        values[~valid] = np.nan if nodata is None else nodata
+    lr, valid = (array.repeat(4, 1).repeat(4, 2)[:, cut] for array in (lr, valid))
+    if nodata is not None and not np.isnan(nodata):  # no value is read as a hole
+        step = -1 if scene.whole and nodata == np.iinfo(scene.dtype).max else 1
+        values[values == nodata] += np.asarray(step).astype(scene.dtype)
+    values = np.where(valid, values, lr)
     if alpha is not None:
-        values = np.concatenate([values, alpha.repeat(4, 0).repeat(4, 1)[None, cut].astype(scene.dtype)])
-    return values, valid
+        values = np.concatenate([values, alpha.repeat(4, 0).repeat(4, 1)[None, cut]])
+    return values, valid[0] * np.uint8(255)
 
 
-def describe(scene: Scene, target) -> list[str]:
-    """Gives a GeoTIFF the scene's coordinates, four times as fine, and its tags -> what was kept, in words."""
-    placed, source, kept = scene.placed, scene.source, []
-    if not scene.transform.is_identity:
+def describe(scene: Scene, target, made_by: str) -> list[str]:
+    """Gives a GeoTIFF what made it, the scene's tags and its coordinates, four times as fine -> what is kept of the
+    scene, in words."""
+    placed, source, (points, system), rpcs = scene.placed, scene.source, scene.placed.gcps, scene.placed.rpcs
+    place, kept = not scene.transform.is_identity, ["colour profile"] * bool(scene.icc)
+    if scene.alpha:
+        target.colorinterp = [*(GREY if scene.count == 1 else RGB), ALPHA]
+    if scene.icc:
+        target.update_tags(ns="COLOR_PROFILE", SOURCE_ICC_PROFILE=base64.b64encode(scene.icc).decode())
+    if scene.kind == "GTiff":
+        for space in (None, *placed.tag_namespaces()):
+            if space not in OF_THE_FILE and not str(space).startswith("xml:"):
+                tags = placed.tags(ns=space).items()
+                target.update_tags(ns=space, **{k: v for k, v in tags if k != "AREA_OR_POINT"})
+    elif placed.crs or points:
+        scene.left_out.append("coordinate system or control points, for which a .tif has a place")
+    target.update_tags(ns="ORL_LDM", MADE_BY=made_by)
+    if scene.kind != "GTiff":
+        target.update_tags(Comment=made_by)
+        return kept + ["world file"] * place
+    bands = [band - 1 for band in (*scene.bands, scene.alpha) if band]
+    for k, band in enumerate(bands, 1):
+        target.set_band_description(k, source.descriptions[band] or "")
+        target.set_band_unit(k, source.units[band] or "")
+        target.update_tags(k, **{k: v for k, v in source.tags(band + 1).items() if not k.startswith("STATISTICS_")})
+    if (set(source.scales), set(source.offsets)) != ({1.0}, {0.0}):
+        target.scales, target.offsets = ([values[band] for band in bands] for values in (source.scales, source.offsets))
+        kept.append("scales and offsets")
+    if place:
         target.transform = scene.transform @ Affine.scale(0.25)
         kept.append("coordinates" if placed.crs else "coordinates of no named system")
     if placed.crs:
         target.crs = placed.crs
-    points, system = placed.gcps
     if points:
         for point in points:
             point.row, point.col = 4 * point.row, 4 * point.col
         target.gcps = (points, system)
         kept.append("control points")
-    if rpcs := placed.rpcs:
+    if rpcs:
         for axis in ("line", "samp"):  # a pixel's centre x becomes 4 x + 1.5
             setattr(rpcs, f"{axis}_off", 4 * getattr(rpcs, f"{axis}_off") + 1.5)
             setattr(rpcs, f"{axis}_scale", 4 * getattr(rpcs, f"{axis}_scale"))
         target.rpcs = rpcs
         kept.append("RPCs")
-    target.update_tags(**{k: v for k, v in placed.tags().items() if k != "AREA_OR_POINT"})
-    copy_tags(scene, target)
-    if scene.icc:
-        target.update_tags(ns="COLOR_PROFILE", SOURCE_ICC_PROFILE=scene.icc)
-        kept.append("colour profile")
-    bands = scene.bands if scene.palette is None else ()
-    for k, band in enumerate(bands, 1):
-        target.set_band_description(k, source.descriptions[band - 1] or "")
-        target.update_tags(k, **{k: v for k, v in source.tags(band).items() if not k.startswith("STATISTICS_")})
-        target.set_band_unit(k, source.units[band - 1] or "")
-    if bands and (set(source.scales), set(source.offsets)) != ({1.0}, {0.0}):
-        rest = target.count - len(bands)  # alpha
-        target.scales = [source.scales[band - 1] for band in bands] + [1.0] * rest
-        target.offsets = [source.offsets[band - 1] for band in bands] + [0.0] * rest
-        kept.append("scales and offsets")
-    if scene.alpha:
-        target.colorinterp = [*COLOURS[scene.count], ColorInterp.alpha]
     return kept
 
 
-def copy_tags(scene: Scene, target) -> None:
-    """Tags in namespaces of their own; GDAL's copies do not keep them."""
-    for space in scene.placed.tag_namespaces():
-        if space not in OF_THE_FILE and not space.startswith("xml:"):
-            target.update_tags(ns=space, **scene.placed.tags(ns=space))
-
-
-def world_file(scene: Scene, target: Path) -> None:
-    """The six numbers of a picture's place beside it, for the centre of its upper left pixel."""
-    text = dumpsw(scene.transform @ Affine.scale(0.25))
-    target.with_suffix({".png": ".pgw"}.get(target.suffix.lower(), ".jgw")).write_text(text, encoding="utf-8")
-
-
-def write_part(scene: Scene, upscaler: Upscaler, part: Path, first: int, last: int, bar) -> None:
-    """Rows first to last - 1 of tiles as one GeoTIFF; nothing half-written has its name."""
-    strips = upscaler.strips(first, last)
-    top = max(0, 4 * (first * upscaler.step - EDGE))
-    bottom = 4 * scene.height if last == upscaler.num_rows else 4 * (last * upscaler.step - EDGE)
-    half = part.with_name(part.name + ".half")
-    with rasterio.open(half, "w", **profile_of(scene, bottom - top)) as target, ThreadPoolExecutor(1) as writer:
-
-        def write(start: int, strip: torch.Tensor) -> None:
-            for k in range(0, strip.shape[1], WRITTEN):
-                values, valid = encode(scene, start + k, strip[:, k : k + WRITTEN])
-                window = Window(0, start + k - top, values.shape[2], values.shape[1])
-                target.write(values, window=window)
+def write_tiff(path: Path, scene: Scene, height: int, strips, made_by: str) -> None:
+    """Writes strips of values and masks, one below the other, as a GeoTIFF, and reads them back, since GDAL may say
+    nothing of a full disk. Nothing half-written has the name."""
+    count, windows, sums, found, top, half = scene.count + bool(scene.alpha), [], [], [], 0, path.with_suffix(".half")
+    profile = {"width": 4 * scene.width, "height": height, "count": count, "dtype": scene.dtype, "tiled": True,
+               "photometric": scene.photometric, "nodata": scene.nodata, "compress": "deflate",
+               "NUM_THREADS": "ALL_CPUS", "BIGTIFF": "IF_SAFER"}  # fmt: skip
+    try:
+        with rasterio.open(half, "w", driver="GTiff", **profile) as target:
+            scene.kept = describe(scene, target, made_by)
+            for values, mask in strips:
+                windows.append(Window(0, top, *values.shape[:0:-1]))
+                sums.append(hash((values.tobytes(), scene.masked and mask.tobytes())))
+                top += values.shape[1]
+                target.write(values, window=windows[-1])
                 if scene.masked:  # every row: one that is not written is a hole
-                    target.write_mask(valid[0], window=window)
-            bar.update(1)
+                    target.write_mask(mask, window=windows[-1])
+    except rasterio.errors.RasterioError as error:
+        if "Read" in str(error):  # of the scene
+            raise
+    with suppress(rasterio.errors.RasterioError), rasterio.open(half) as file:
+        if scene.kind == "GTiff" and file.crs != scene.placed.crs:
+            scene.left_out.append("coordinate system, which GDAL wrote as another one")
+        for window in windows:
+            mask = scene.masked and file.read_masks(1, window=window).tobytes()
+            found.append(hash((file.read(window=window).tobytes(), mask)))
+    if found != sums or top < height:
+        half.unlink(missing_ok=True)
+        need = count * height * 4 * scene.width * np.dtype(scene.dtype).itemsize / 1e6
+        free = shutil.disk_usage(half.parent).free / 1e6
+        raise OSError(f"{half.parent}: the disk is full, or no file may be as large: up to {need:.1f} MB are needed, "
+                      f"{free:.1f} are free. With room, the same command goes on")  # fmt: skip
+    os.replace(half, path)
 
-        written = None
-        for start, strip in strips:  # one is written while the next is computed, no more: they are large
-            if written:
-                written.result()
-            written = writer.submit(write, start, strip)
-            del strip
-        written.result()
-    os.replace(half, part)
 
+def join(target: Path, scene: Scene, parts: list[Path], made_by: str) -> None:
+    """Makes the result of its parts."""
 
-def join(scene: Scene, parts: list[Path], target: Path) -> list[str]:
-    """All parts as one file -> what was kept of the scene, in words."""
-    half, together = target.with_name(target.name + ".half"), target.with_suffix(".joining.vrt")
-    kept = write_vrt(scene, parts, together)
-    if scene.kind == "GTiff":
-        profile = profile_of(scene, 4 * scene.height)
-        options = {k: profile[k] for k in ("photometric", "compress", "NUM_THREADS", "tiled", "BIGTIFF")}
-        rasterio.shutil.copy(together, half, driver="GTiff", **options)
-        with rasterio.open(half, "r+") as file:
-            copy_tags(scene, file)
-    else:
-        kept = ["colour profile"] if scene.icc else []
-        if not scene.transform.is_identity:
-            world_file(scene, target)
-            kept.append("world file")
-        if scene.placed.crs or scene.placed.gcps[0]:
-            scene.left_out.append("coordinate system or control points, for which a .tif has a place")
-        if scene.kind == "PNG":
-            with rasterio.Env(GDAL_PAM_ENABLED=False):  # no .aux.xml
-                rasterio.shutil.copy(together, half, driver="PNG")
-        else:  # not GDAL's JPEG, which has colours at half the resolution
-            image = Image.new("L" if scene.count == 1 else "RGB", (4 * scene.width, 4 * scene.height))
-            with rasterio.open(together) as file:
+    def strips():
+        for part in parts:
+            with rasterio.open(part) as file:
                 for top in range(0, file.height, WRITTEN):
-                    rows = file.read(window=Window(0, top, file.width, min(WRITTEN, file.height - top)))
-                    image.paste(Image.fromarray(rows[0] if scene.count == 1 else rows.transpose(1, 2, 0)), (0, top))
-            profile = base64.b64decode(scene.icc) if scene.icc else None
-            image.save(half, format="JPEG", quality=95, subsampling=0, icc_profile=profile)
-    together.unlink()
-    os.replace(half, target)
-    return kept
+                    window = Window(0, top, file.width, min(WRITTEN, file.height - top))
+                    yield file.read(window=window), file.read_masks(1, window=window)
 
-
-def write_vrt(scene: Scene, parts: list[Path], target: Path) -> list[str]:
-    """The parts as one image, a VRT, so that no two processes ever write one file -> what was kept, in words."""
-    at, width = 0, 4 * scene.width
-    bands = [str(band) for band in range(1, scene.count + bool(scene.alpha) + 1)] + ["mask,1"] * scene.masked
-    sources = dict.fromkeys(bands, "")
-    kind = "Byte" if scene.dtype == "uint8" else scene.dtype.capitalize().replace("Uint", "UInt")
-    for part in parts:
-        with rasterio.open(part) as source:
-            height = source.height
-        name = escape(f"{part.parent.name}/{part.name}")
-        for band in bands:
-            sources[band] += (
-                f'<SimpleSource><SourceFilename relativeToVRT="1">{name}</SourceFilename>'
-                f"<SourceBand>{band}</SourceBand>"
-                f'<SrcRect xOff="0" yOff="0" xSize="{width}" ySize="{height}"/>'
-                f'<DstRect xOff="0" yOff="{at}" xSize="{width}" ySize="{height}"/></SimpleSource>'
-            )
-        at += height
-    hole = "" if scene.nodata is None else f"<NoDataValue>{scene.nodata}</NoDataValue>"
-    text = f'<VRTDataset rasterXSize="{width}" rasterYSize="{at}">'
-    for band, inside in sources.items():
-        if band == "mask,1":
-            text += f'<MaskBand><VRTRasterBand dataType="Byte">{inside}</VRTRasterBand></MaskBand>'
-        else:
-            text += f'<VRTRasterBand dataType="{kind}" band="{band}">{hole}{inside}</VRTRasterBand>'
-    half = target.with_name(f"{target.stem}.{os.getpid()}.half.vrt")
-    half.write_text(text + "</VRTDataset>", encoding="utf-8")
-    with rasterio.open(half, "r+") as file:
-        kept = describe(scene, file)
-    os.replace(half, target)
-    return kept
+    raw, half = parts[0], parts[0].with_name(f"half{target.suffix}")
+    if len(parts) > 1 or scene.kept is None:  # made by another process, which knows what it kept
+        raw = parts[0].with_name("whole.tif")
+        write_tiff(raw, scene, 4 * scene.height, strips(), made_by)
+    if scene.kind == "PNG":
+        with rasterio.Env(GDAL_PAM_ENABLED=False):  # no .aux.xml
+            rasterio.shutil.copy(raw, half, driver="PNG", WRITE_METADATA_AS_TEXT="YES")
+    elif scene.kind == "JPEG":  # not GDAL's, which has colours at half the resolution
+        with Image.open(raw) as image:
+            image.save(half, format="JPEG", quality=95, subsampling=0, icc_profile=scene.icc, comment=made_by)
+    if "world file" in scene.kept:  # of the centre of its upper left pixel
+        place = target.with_suffix(".pgw" if scene.kind == "PNG" else ".jgw")
+        place.write_text(dumpsw(scene.transform @ Affine.scale(0.25)), encoding="utf-8")
+    os.replace(raw if scene.kind == "GTiff" else half, target)
 
 
 # ------------------------------------------------------------------------------------------------ main
+def image_files(root: Path) -> list[Path]:
+    """The image files below a folder as the user sees them: links are followed, but for those that lead back up; what
+    is hidden, or a part of an unfinished result, is left out."""
+    known, files = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}, []
+    for folder, names, inside in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        names[:] = [name for name in names if name[0] != "." and not name.endswith(".parts")
+                    and Path(folder, name).resolve() not in (here, *here.parents)]  # fmt: skip
+        files += [Path(folder, name) for name in inside if name[0] != "." and Path(name).suffix.lower() in known]
+    return sorted(files)
+
+
+def maker_of(path: Path) -> str:
+    """The JSON of what made a result, or a part of one; empty where the file is neither."""
+    text = ""
+    with suppress(*ERRORS):
+        if kind_of(path) == "GTiff":
+            with rasterio.open(path) as file:
+                text = file.tags(ns="ORL_LDM").get("MADE_BY", "")
+        else:
+            with Image.open(path) as image:
+                text = image.info.get("Comment") or image.info.get("comment", b"").decode()
+    return text if text.startswith(MADE_BY) else ""
 
 
 def list_files(args: Args) -> list[tuple[Path, Path]]:
     """(image, its result without suffix) of all files and folders named; a folder's tree is mirrored, results of
-    earlier calls are left out, and what would overwrite another result keeps its suffix in its name."""
-    found = []
+    earlier calls are left out, and what would overwrite another file keeps its suffix in its name."""
+    found, results = {}, {}
     for path in map(Path, args.paths):
-        if path.is_dir():
-            inside = [file for file in orl.image_files(path) if not file.stem.endswith("_sr")]
-            inside = [file for file in inside if not re.search(r"_sr\.\w+\.parts$", file.parent.name)]
-            if not inside:
-                stop(f"{path}: no image in this folder")
-            root = Path(args.output or path) / (path.name if args.output and len(args.paths) > 1 else "")
-            found += [(file, root / file.relative_to(path).parent / f"{file.stem}_sr") for file in inside]
-        elif path.is_file():
-            found.append((path, Path(args.output or path.parent) / f"{path.stem}_sr"))
-        else:
-            stop(f"{path}: no such file or folder")
-    found = list(dict.fromkeys(found))  # named twice
-    names = [(target, PICTURES.get(file.suffix.lower())) for file, target in found]
-    long = [target.with_name(f"{file.stem}_{file.suffix[1:]}_sr") for file, target in found]
-    found = [(file, long[k] if names.count(names[k]) > 1 else target) for k, (file, target) in enumerate(found)]
-    results = {}
-    for file, target in found:
-        other = results.setdefault((target, file.suffix), file)
-        if other != file:
-            stop(f"{other} and {file} would both become {target}{file.suffix}; super-resolve them into two --output")
-    return found
+        if path.is_file():
+            found[path] = Path(args.output or path.parent) / f"{path.stem}_sr"
+            continue
+        inside = [file for file in image_files(path) if not (file.stem.endswith("_sr") and maker_of(file))]
+        if not inside:
+            own = " but results of this program" if image_files(path) else ""
+            stop(f"{path}: {f'no image in this folder{own}' if path.is_dir() else 'no such file or folder'}")
+        root = Path(args.output or path) / (path.name if args.output and len(args.paths) > 1 else "")
+        found |= {file: root / file.relative_to(path).parent / f"{file.stem}_sr" for file in inside}
+    kinds = {file: kind_of(file) for file in found}
+    count = Counter((name, kinds[file]) for file in found for name in (found[file], file.with_suffix("")))
+    for file, target in found.items():
+        if count[target, kinds[file]] > 1:  # as another result, or an input
+            found[file] = target = target.with_name(f"{file.stem}_{file.suffix[1:]}_sr")
+        if (other := results.setdefault((target, kinds[file]), file)) != file:
+            stop(f"{other} and {file} would both become {target}.*; super-resolve them into two --output")
+    return list(found.items())
 
 
-def super_resolve_file(args: Args, file: Path, target: Path, mdp, agent, rank: int, world: int) -> str:
-    """Writes one result, or this process's share of it -> the line that says so."""
-    began, scene = time.perf_counter(), Scene(file, args.bands, args.scale)
-    suffix = file.suffix if scene.kind in PICTURES.values() else ".tif"
-    target = target.with_name(target.name + suffix)
+def super_resolve_file(args: Args, file: Path, target: Path, env, agent, pool, began: float) -> str:
+    """Makes one result, or what other processes leave of it -> the line that says so."""
+    start, scene = time.perf_counter(), Scene(file, args)
+    upscaler = Upscaler(env, agent, scene, args.seed, pool)
+    own = file.suffix.lower() in SUFFIXES[scene.kind]
+    target = target.with_name(target.name + (file.suffix if own else SUFFIXES[scene.kind][0]))
     folder = target.with_name(target.name + ".parts")
-    joined = target if world == 1 else target.with_suffix(".vrt")
-    stale = not joined.is_file() or joined.stat().st_mtime < file.stat().st_mtime
-    if not (stale or args.overwrite):
-        return f"{joined}: finished before, kept; --overwrite does it again"
-    batch_size = args.batch_size or (16 if mdp.ldm.device.type == "cuda" else 1)
-    upscaler = Upscaler(mdp, agent, scene, batch_size, args.seed)
-    each = max(1, args.window // upscaler.step)
-    groups = [(first, min(first + each, upscaler.num_rows)) for first in range(0, upscaler.num_rows, each)]
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {"file": [file.stat().st_size, file.stat().st_mtime], "ldm": mdp.ldm.fingerprint, "each": each,
-                "seed": args.seed, "scale": scene.scale, "bands": scene.bands,
-                "agent": orl.digest({}, *([agent] if agent else []))}  # fmt: skip
-    share = np.array_split(np.arange(len(groups)), world)[rank].tolist()
+    with open(file, "rb") as opened:
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    settings = {"version": orl.VERSION, "bytes": file.stat().st_size, "sha256": sha256, "bands": scene.bands,
+                "transform": scene.transform[:6], "scale": args.scale, "nodata": args.nodata, "seed": args.seed,
+                "agent": orl.digest({}, agent), "ldm": env.ldm.fingerprint, "max_nfe": env.max_nfe,
+                "timesteps": env.timesteps.tolist(), "sensor": str(env.sensor)}  # fmt: skip
+    each, rows = max(1, args.window // upscaler.down), upscaler.num_rows
+    groups = [(first, min(first + each, rows)) for first in range(0, rows, each)]
     parts = [folder / f"{k:05d}.tif" for k in range(len(groups))]
-    note = folder / f"settings_{rank}_of_{world}.json"
-    if not note.is_file() or json.loads(note.read_text("utf-8")) != json.loads(json.dumps(settings)) or args.overwrite:
-        for k in share:  # of another image, or other settings
-            parts[k].unlink(missing_ok=True)
-        note.write_text(json.dumps(settings), encoding="utf-8")
-    mine = [k for k in share if not parts[k].is_file()]
-    total = sum(groups[k][1] - groups[k][0] for k in mine)
-    with tqdm(total=total, desc=file.name, unit="row of tiles", dynamic_ncols=True, leave=False, delay=3) as bar:
-        for k in mine:
-            write_part(scene, upscaler, parts[k], *groups[k], bar)
-    size = f"{scene.width} x {scene.height} -> {4 * scene.width} x {4 * scene.height} px"
-    seconds = time.perf_counter() - began
-    if not all(part.is_file() for part in parts):
-        return f"{folder}: {len(mine)} of {len(parts)} parts by this process in {seconds:.1f} s; others are at work"
-    kept = join(scene, parts, target) if world == 1 else write_vrt(scene, parts, joined)
-    if world == 1:
-        shutil.rmtree(folder)
-    notes = [f"{scene.dtype}, black {scene.scale[0]:g}, white {scene.scale[1]:g}"]
-    notes += [f"kept: {', '.join(kept)}"] if kept else []
-    notes += [f"left out: {', '.join(scene.left_out)}"] if scene.left_out else []
-    notes += ["its colour table written as colours"] if scene.palette is not None else []
-    notes += [f"{scene.foreign} is written as sRGB"] if scene.foreign else []
-    tiff = file.suffix.lower() in (".tif", ".tiff")
-    notes += [f"{file.suffix or 'it'} is written as .tif"] if suffix == ".tif" and not tiff else []
-    return f"{joined}: {size} in {time.perf_counter() - began:.1f} s; {'; '.join(notes)}"
+    made_by = {part: MADE_BY + json.dumps(settings | {"rows": group})[1:] for part, group in zip(parts, groups)}
+    made_by[target] = MADE_BY + json.dumps(settings | {"rows": (0, rows)})[1:]
+
+    def finished(path: Path) -> bool:
+        known = path.is_file() and maker_of(path) == made_by[path]
+        return known and not (args.overwrite and path.stat().st_mtime < began)
+
+    if finished(target):
+        return f"{target}: finished before, kept; --overwrite does it again"
+    if target.exists() and not (args.overwrite or maker_of(target)):
+        raise ValueError(f"{target} is there, but this program did not make it; --overwrite replaces it")
+    left, k = [k for k, part in enumerate(parts) if not finished(part)], -1
+    with tqdm(total=len(left), desc=file.name, unit="part", disable=None, leave=False, delay=3) as bar:
+        while left:
+            k = k + 1 if k + 1 in left else left[len(left) // 2]  # the middle is far from where other processes are
+            left.remove(k)
+            with suppress(filelock.Timeout), filelock.FileLock(folder / f"{k}.lock", blocking=False):
+                if not finished(parts[k]) and not finished(target):
+                    scene.look()
+                    height = upscaler.tops[groups[k][1]] - upscaler.tops[groups[k][0]]
+                    write_tiff(parts[k], scene, height, upscaler.strips(*groups[k]), made_by[parts[k]])
+            bar.update()
+    with suppress(filelock.Timeout), filelock.FileLock(folder / "join.lock", blocking=False):
+        if mine := all(map(finished, parts)):
+            scene.look()
+            join(target, scene, parts, made_by[target])
+        if done := finished(target):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not mine:
+            return f"{target}: {'made by another process' if done else 'other processes are at work on the rest of it'}"
+        (low, high), notes = scene.scale, scene.notes
+        notes = [f"{scene.dtype}, black {low:g}, white {high:g}, sensor: {env.sensor}", *notes]
+        notes += [f"kept: {', '.join(scene.kept)}"] if scene.kept else []
+        notes += [f"left out: {', '.join(dict.fromkeys(scene.left_out))}"] if scene.left_out else []
+        notes += [] if own or file.suffix.lower() == ".tiff" else [f"{file.suffix} is written as {target.suffix}"]
+        size = f"{scene.width} x {scene.height} -> {4 * scene.width} x {4 * scene.height} px"
+        return f"{target}: {size} in {time.perf_counter() - start:.1f} s; {'; '.join(notes)}"
+    return f"{target}: another process joins its parts"
 
 
 def main(args: Args) -> None:
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    if not args.paths or min(args.batch_size or 1, args.window) < 1:
-        stop("name LR images or folders; --batch-size and --window are at least 1")
-    if args.scale and not 0 < abs(args.scale[1] - args.scale[0]) < np.inf:
-        stop("--scale takes two different numbers: the values of black and white")
-    files = list_files(args)  # bad input speaks before anything is loaded
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", 1))  # srun's own, not the whole job's
-    world = int(os.environ.get("WORLD_SIZE", tasks))
-    if world > 1:
-        print(f"process {rank + 1} of {world}, as its launcher says: each does its share, all of them must be started")
-    device = orl.pick_device(args.device)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    orl.check_bounds(args, {"window": 1, "seed": 0}, {})
+    if not args.paths or (args.scale and not 0 < abs(args.scale[1] - args.scale[0]) < np.inf):
+        stop("name LR images or folders; --scale takes two different numbers, the values of black and white")
+    files, began, failed = list_files(args), time.time(), 0  # bad input speaks before anything is loaded
+    device, threads = orl.pick_device(args.device), torch.get_num_threads()
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
-    saved = load_run(orl.locate(args.agent))
+        rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+    saved = orl.load_run(orl.locate(args.agent))
+    sensor = orl.sensor_of(saved["args"])
+    print(f"agent: {args.agent}, for LR images by this sensor: {sensor}")
     ldm = orl.load_ldm(args.ldm or saved["args"]["ldm"], device)
-    agent = load_agent(saved, ldm)
-    mdp = orl.Denoising(ldm, saved["args"]["base_steps"], saved["args"]["max_calls"])
-    failed = 0
-    for k, (file, target) in enumerate(files):
-        try:
-            with rasterio.open(file) if file.suffix.lower() in (".tif", ".tiff", ".jp2") else Image.open(file) as image:
-                small = image.height <= args.window
-        except Exception:
-            small = True
-        if world > 1 and small and k % world != rank:
-            continue  # a small image is one process's
-        try:
-            with rasterio.Env(**GDAL):
-                share = (0, 1) if small else (rank, world)
-                print(super_resolve_file(args, file, target, mdp, agent, *share))
-        except Exception as error:  # whatever one file raises, the others go on
-            failed += 1
-            print(f"{file}: skipped ({type(error).__name__}: {' '.join(str(error).split())})")
+    agent = orl.load_agent(saved, ldm)
+    ldm = SharedLDM(ldm.unet, ldm.vqvae, ldm.scheduler, device)
+    env = orl.DenoisingEnv(ldm, saved["args"]["base_steps"], saved["args"]["max_nfe"], sensor)
+
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    pool = ThreadPoolExecutor(1 if device.type == "cuda" else threads, initializer=torch.set_num_threads, initargs=(1,))
+    # no mask in a file of its own, whatever the user has set; bytes of blocks that are not decoded for each row again
+    gdal = rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, GDAL_CACHEMAX=256_000_000)
+    try:
+        torch.set_num_threads(1)
+        with pool, gdal:
+            for file, target in files:
+                try:
+                    print(super_resolve_file(args, file, target, env, agent, pool, began))
+                except ERRORS as error:
+                    failed += 1
+                    print(f"{file}: skipped ({' '.join(str(error).split()) or type(error).__name__})")
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on where it was; what is finished is kept")
+        sys.exit(130)
+    finally:
+        torch.set_num_threads(threads)
     if failed:
         print(f"{failed} of {len(files)} file(s) could not be super-resolved")
         sys.exit(1)

@@ -1,6 +1,6 @@
 """Draws the synthetic scenes that ship with the project (`runs/scenes`): eight classes named as in the paper's Table 2.
 
-    python tests/make_scenes.py --output runs/scenes
+    python tools/make_scenes.py --output runs/scenes
 
 A scene is drawn at twice its size on a canvas of 736 px, turned by a random angle, cut and scaled to 256 px.
 """
@@ -29,7 +29,9 @@ def ground(rng, dark, light, beta=2.2):
 
 
 def tint(rng, colour, spread=12):
-    return tuple(int(v) for v in np.clip(np.array(colour) + rng.normal(0, spread) + rng.normal(0, spread / 3, 3), 0, 255))
+    return tuple(
+        int(v) for v in np.clip(np.array(colour) + rng.normal(0, spread) + rng.normal(0, spread / 3, 3), 0, 255)
+    )
 
 
 def shade(colour, factor):
@@ -49,7 +51,10 @@ def crowns(rng, image, count, radius, mask=None, colours=((38, 58, 30), (58, 82,
         for _ in range(9):  # clumps of leaves, so that a crown is no disc
             a, d = rng.uniform(0, 6.28), r * rng.uniform(0.2, 0.65)
             cx, cy, q = x + d * np.cos(a), y + d * np.sin(a), r * rng.uniform(0.3, 0.55)
-            draw.ellipse((cx - q, cy - q, cx + q, cy + q), fill=shade(colour, 1.0 + 0.28 * (-(np.cos(a) + np.sin(a))) * 0.6 + rng.uniform(-0.12, 0.12)))
+            draw.ellipse(
+                (cx - q, cy - q, cx + q, cy + q),
+                fill=shade(colour, 1.0 + 0.28 * (-(np.cos(a) + np.sin(a))) * 0.6 + rng.uniform(-0.12, 0.12)),
+            )
 
 
 def gable(draw, x, y, w, h, colour):
@@ -92,7 +97,11 @@ def cars(rng, draw, x0, y0, x1, y1, share=0.7):
         for x in range(x0 + 4, x1 - 10, 12):
             draw.line((x, y, x, y + 20), fill=(170, 170, 168))
             if rng.random() < share:
-                colour = tint(rng, ((215, 215, 215), (60, 62, 66), (130, 40, 38), (60, 80, 120), (150, 152, 155))[rng.integers(5)], 10)
+                colour = tint(
+                    rng,
+                    ((215, 215, 215), (60, 62, 66), (130, 40, 38), (60, 80, 120), (150, 152, 155))[rng.integers(5)],
+                    10,
+                )
                 draw.rectangle((x + 2, y + 2, x + 9, y + 18), fill=colour)
                 draw.rectangle((x + 3, y + 6, x + 8, y + 9), fill=shade(colour, 0.45))
 
@@ -105,7 +114,11 @@ def road(rng, draw, points, width, colour=(112, 112, 112), dashes=True):
         steps = int(np.hypot(xb - xa, yb - ya) / 26)
         for k in range(steps):
             p, q = k / steps, (k + 0.5) / steps
-            draw.line((xa + p * (xb - xa), ya + p * (yb - ya), xa + q * (xb - xa), ya + q * (yb - ya)), fill=(205, 205, 195), width=2)
+            draw.line(
+                (xa + p * (xb - xa), ya + p * (yb - ya), xa + q * (xb - xa), ya + q * (yb - ya)),
+                fill=(205, 205, 195),
+                width=2,
+            )
 
 
 def blocks(rng, cell_w, cell_h, gap):
@@ -147,8 +160,24 @@ def commercial_area(rng):
         if rng.random() < 0.3:
             cars(rng, draw, x + 6, y + 6, x + w - 6, y + h - 6)
             continue
-        for a, b, s, t in ((x + 6, y + 6, w // 2 - 14, h - 20), (x + w // 2 + 6, y + 6, w // 2 - 18, h // 2 - 12), (x + w // 2 + 6, y + h // 2 + 8, w // 2 - 18, h // 2 - 22)):
-            flat_roof(rng, draw, a, b, int(s * rng.uniform(0.8, 1)), int(t * rng.uniform(0.8, 1)), tint(rng, ((190, 188, 184), (150, 146, 142), (120, 96, 84), (98, 104, 114), (212, 208, 198))[rng.integers(5)], 10))
+        for a, b, s, t in (
+            (x + 6, y + 6, w // 2 - 14, h - 20),
+            (x + w // 2 + 6, y + 6, w // 2 - 18, h // 2 - 12),
+            (x + w // 2 + 6, y + h // 2 + 8, w // 2 - 18, h // 2 - 22),
+        ):
+            flat_roof(
+                rng,
+                draw,
+                a,
+                b,
+                int(s * rng.uniform(0.8, 1)),
+                int(t * rng.uniform(0.8, 1)),
+                tint(
+                    rng,
+                    ((190, 188, 184), (150, 146, 142), (120, 96, 84), (98, 104, 114), (212, 208, 198))[rng.integers(5)],
+                    10,
+                ),
+            )
     crowns(rng, image, 70, (4, 9))
     return image
 
@@ -161,7 +190,11 @@ def industrial_area(rng):
         draw.rectangle((x, y, x + w, y + h), fill=tint(rng, (150, 144, 132), 8))
         kind = rng.random()
         if kind < 0.6:
-            colour = tint(rng, ((92, 118, 150), (196, 198, 198), (150, 86, 70), (170, 172, 166), (86, 120, 108))[rng.integers(5)], 10)
+            colour = tint(
+                rng,
+                ((92, 118, 150), (196, 198, 198), (150, 86, 70), (170, 172, 166), (86, 120, 108))[rng.integers(5)],
+                10,
+            )
             for b in range(y + 6, y + h - 40, 74):
                 ribbed_roof(draw, x + 8, b, w - 20, 62, colour, int(rng.integers(7, 14)))
         elif kind < 0.8:
@@ -169,7 +202,9 @@ def industrial_area(rng):
             for a in range(x + r + 6, x + w - r, 2 * r + 12):
                 for b in range(y + r + 6, y + h - r, 2 * r + 12):
                     draw.ellipse((a - r + 9, b - r + 9, a + r + 9, b + r + 9), fill=(70, 68, 64))
-                    draw.ellipse((a - r, b - r, a + r, b + r), fill=tint(rng, (206, 206, 202), 6), outline=(150, 150, 148))
+                    draw.ellipse(
+                        (a - r, b - r, a + r, b + r), fill=tint(rng, (206, 206, 202), 6), outline=(150, 150, 148)
+                    )
                     draw.line((a, b, a + r * 0.7, b - r * 0.7), fill=(150, 150, 148), width=2)
         else:
             cars(rng, draw, x + 6, y + 6, x + w - 6, y + h - 6, 0.5)
@@ -186,7 +221,10 @@ def railway_station(rng):
         for b in (y - 5, y + 5):
             draw.line((0, b, CANVAS, b), fill=(176, 172, 168), width=2)
         if rng.random() < 0.3:
-            x, colour = int(rng.integers(-100, 400)), tint(rng, ((200, 204, 208), (60, 90, 140), (150, 60, 50), (110, 112, 110))[rng.integers(4)], 8)
+            x, colour = (
+                int(rng.integers(-100, 400)),
+                tint(rng, ((200, 204, 208), (60, 90, 140), (150, 60, 50), (110, 112, 110))[rng.integers(4)], 8),
+            )
             for c in range(int(rng.integers(3, 8))):
                 draw.rectangle((x + c * 92 + 3, y - 6, x + c * 92 + 88, y + 12), fill=(56, 54, 52))
                 draw.rectangle((x + c * 92, y - 9, x + c * 92 + 86, y + 9), fill=shade(colour, rng.uniform(0.9, 1.1)))
@@ -198,7 +236,9 @@ def railway_station(rng):
             y += 52
     road(rng, draw, [(0, y + 30), (CANVAS, y + 30)], 30)
     for a in range(0, CANVAS, 120):
-        flat_roof(rng, draw, a, y + 60, int(rng.integers(60, 100)), int(rng.integers(40, 90)), tint(rng, (160, 150, 142), 18))
+        flat_roof(
+            rng, draw, a, y + 60, int(rng.integers(60, 100)), int(rng.integers(40, 90)), tint(rng, (160, 150, 142), 18)
+        )
     crowns(rng, image, 60, (5, 11), mask=np.arange(CANVAS)[:, None] > y + 50 + np.zeros((1, CANVAS)))
     return image
 
@@ -213,7 +253,11 @@ def runway(rng):
     for _ in range(40):  # rubber
         a = x + w / 2 + rng.normal(0, w / 7)
         b = rng.integers(0, CANVAS)
-        draw.line((a, b, a + rng.normal(0, 3), b + rng.integers(40, 160)), fill=shade(colour, rng.uniform(0.75, 0.95)), width=int(rng.integers(1, 4)))
+        draw.line(
+            (a, b, a + rng.normal(0, 3), b + rng.integers(40, 160)),
+            fill=shade(colour, rng.uniform(0.75, 0.95)),
+            width=int(rng.integers(1, 4)),
+        )
     white = (222, 222, 216)
     for b in range(int(rng.integers(-40, 0)), CANVAS, 78):
         draw.rectangle((x + w // 2 - 2, b, x + w // 2 + 2, b + 44), fill=white)
@@ -225,7 +269,9 @@ def runway(rng):
             a = x + 10 + k * (w - 20) // 8
             draw.rectangle((a, b, a + 5, b + 66), fill=white)
     taxi = int(rng.integers(150, 600))
-    draw.polygon([(x + w, taxi), (CANVAS, taxi - 160), (CANVAS, taxi - 100), (x + w, taxi + 70)], fill=shade(colour, 1.06))
+    draw.polygon(
+        [(x + w, taxi), (CANVAS, taxi - 160), (CANVAS, taxi - 100), (x + w, taxi + 70)], fill=shade(colour, 1.06)
+    )
     draw.line((x + w, taxi + 34, CANVAS, taxi - 130), fill=(206, 180, 70), width=3)
     for side in (x - 26, x + w + 24):
         for b in range(0, CANVAS, 60):
@@ -243,7 +289,9 @@ def river(rng):
             for a in range(x, x + w, 7):
                 draw.line((a, y, a, y + h), fill=shade(dark, 0.93))
     t = np.linspace(-60, CANVAS + 60, 90)
-    centre = CANVAS / 2 + rng.uniform(40, 130) * np.sin(t / rng.uniform(80, 150) + rng.uniform(0, 6)) + rng.uniform(-60, 60)
+    centre = (
+        CANVAS / 2 + rng.uniform(40, 130) * np.sin(t / rng.uniform(80, 150) + rng.uniform(0, 6)) + rng.uniform(-60, 60)
+    )
     width = rng.uniform(70, 190)
     path = list(zip(t.tolist(), centre.tolist()))
     bank = Image.new("L", image.size)
@@ -277,7 +325,9 @@ def desert(rng):
     ridge = ((phase / (2 * np.pi)) % 1.0) ** rng.uniform(1.4, 2.6)  # a dune rises slowly and falls at once
     slope = np.gradient(ridge + 0.04 * fractal(rng, 2.8), axis=1)
     ripples = 0.05 * np.sin(phase * rng.uniform(7, 11) + 2 * fractal(rng, 2.8))
-    light = np.clip(1 + 0.3 * (ridge - 0.5) - 6 * np.clip(slope, -0.04, 0.04) + ripples + 0.03 * fractal(rng, 1.2), 0.45, 1.35)
+    light = np.clip(
+        1 + 0.3 * (ridge - 0.5) - 6 * np.clip(slope, -0.04, 0.04) + ripples + 0.03 * fractal(rng, 1.2), 0.45, 1.35
+    )
     colour = np.array(((206, 172, 124), (190, 152, 110), (214, 190, 150))[rng.integers(3)])
     return Image.fromarray(np.uint8(np.clip(light[..., None] * colour, 0, 255)))
 
@@ -294,7 +344,7 @@ def draw_scene(name, seed):
     return Image.fromarray(np.uint8(np.clip((pixels - 128) * contrast + 128 + haze, 0, 255)))
 
 
-SCENES = ("commercial_area", "dense_residential", "desert", "forest", "industrial_area", "railway_station", "river", "runway")
+SCENES = "commercial_area dense_residential desert forest industrial_area railway_station river runway".split()
 
 
 def main():
