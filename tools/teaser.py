@@ -23,7 +23,7 @@ import ppo_ldm_sr as orl
 class Args:
     dataset: str = "data/resisc45"  # image folder whose test split is used
     images: tuple[str, str] = ("airport", "commercial_area")  # scene of each row
-    numbers: tuple[int, int] = (0, 0)  # number of the image within its scene
+    numbers: tuple[int, int] = (3, 2)  # number of the image within its scene
     agents: tuple[str, str] = ("runs/orl_ldm", "runs/orl_ldm_mtf29")  # agent, and with it the sensor, of each row
     output: str = "docs/teaser.png"  # picture to write
     seed: int = 0  # seed of the noise
