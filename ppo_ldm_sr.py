@@ -723,12 +723,12 @@ def noise_for(indices, shape: tuple[int, ...], seed: int, device: torch.device) 
 def evaluate(env: DenoisingEnv, hr, lpips_fn, agent, seed: int, weights=Args.reward_weights) -> dict:
     """HR (n, 3, H, W) in [0, 1] -> what `score` says of its super-resolved images, (n,) each."""
     parts, size = [], (hr.shape[2] // 4, hr.shape[3] // 4)
-    for indices in torch.arange(len(hr)).split(16):
+    for indices, some in zip(torch.arange(len(hr)).split(16), hr.split(16)):
         z_T = noise_for(indices.tolist(), (env.ldm.latent_channels, *size), seed, hr.device)
         noise = noise_for(indices.tolist(), (3, *size), seed + 1_000_000, hr.device)  # the sensor's
-        lr = env.sensor.sense(hr[indices], noise)
+        lr = env.sensor.sense(some, noise)
         sr, nfe, _ = env.super_resolve(lr, z_T, agent)
-        parts.append(score(lpips_fn, sr, hr[indices], nfe.float(), weights))
+        parts.append(score(lpips_fn, sr, some, nfe.float(), weights))
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
@@ -799,8 +799,9 @@ def main(argv: list[str] | None = None) -> None:
             stop(f"--resume {args.resume} takes the settings of that run, not another {', '.join(changed)}")
     elif args.run_dir and any(Path(args.run_dir).glob("*")):
         stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume, delete it or name another")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
-        stop("torchrun: a training is one process; start one a seed, each with its CUDA_VISIBLE_DEVICES")
+    ranks = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_STEP_NUM_TASKS"}  # of torchrun and srun
+    if any(k in os.environ and int(os.environ.get(n, 1)) > 1 for k, n in ranks.items()):
+        stop("torchrun, srun: a training is one process; start one a seed, each on a GPU of its own")
     least = {k: 0 for k, v in vars(args).items() if isinstance(v, int | float)}
     least |= dict.fromkeys(("base_steps", "max_nfe", "eval_every", "num_minibatches", "update_epochs"), 1)
     least |= {"total_timesteps": 1, "mtf": 0.01, "edit_std": 1e-6, "reward_scale": 1e-6, "crop": LEAST_CROP}
@@ -824,7 +825,8 @@ def main(argv: list[str] | None = None) -> None:
     train, test = (load_images(args.dataset, k, args.scenes, args.crop, device) for k in ("train", "test"))
     chosen = torch.linspace(0, len(test.files) - 1, min(args.eval_images or len(test.files), len(test.files)))
     hr = torch.stack([test.centre(i, 1, args.crop) for i in chosen.round().long().tolist()])
-    content = {"ldm": ldm.fingerprint, "images": digest([train.files, test.files, hr.sum().item()])}
+    sums = torch.stack([image.sum() for image in train.pixels + test.pixels]).tolist()
+    content = {"ldm": ldm.fingerprint, "images": digest([train.files, test.files, sums])}
     for what in content:
         if saved and saved[what] != content[what]:
             stop(f"--resume {args.resume}: these are not the {what} that the run began with; name the same")
@@ -863,15 +865,15 @@ def main(argv: list[str] | None = None) -> None:
         if path.is_dir():
             setattr(args, k, str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path))
     content |= {"args": asdict(args), "title": train.title}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preempted job stops as by Ctrl-C
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=bool(args.run_dir))  # two new runs never share a folder
         writer = SummaryWriter(run, purge_step=step + 1 if step else None)
     except OSError as error:
         stop(f"{run} cannot be written; name another --run-dir: {error}")
     writer.add_text("args", f"```\n{json.dumps(asdict(args), indent=1)}\n```", step)
     cards = {k: ["Multiline", [f"eval/{k}_agent$", f"eval/{k}_unsteered$"]] for k in EVALUATED}
     writer.add_custom_scalars({"held-out images": cards})  # agent and unsteered LDM on one card
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preempted job stops as by Ctrl-C
 
     def curves(name: str, agent: Agent | None) -> dict[str, torch.Tensor]:
         figures = evaluate(env, hr, lpips_fn, agent, args.seed, args.reward_weights)
@@ -909,9 +911,12 @@ def main(argv: list[str] | None = None) -> None:
                      f"{checkpoint} is that of the iteration before, if there was one")  # fmt: skip
             log |= {"charts/learning_rate": args.learning_rate * left, "charts/SPS": count / seconds}
             log["charts/update_over_rollout"] = seconds / (rolled - began) - 1
-            for tag, value in log.items():
-                writer.add_scalar(tag, value, step)
-            writer.flush()  # before the checkpoint: a kill in between repeats an iteration, never skips one
+            try:  # before the checkpoint: a kill in between repeats an iteration, never skips one
+                for tag, value in log.items():
+                    writer.add_scalar(tag, value, step)
+                writer.flush()
+            except OSError as error:
+                stop(f"{run} cannot be written; make room, then go on with --resume: {error}")
             content |= {"agent": agent.state_dict(), "step": step, "iteration": iteration}
             if evaluated:
                 bar.write(f"step {step}: reward {log['eval/reward_agent']:.4f}, unsteered "
@@ -925,7 +930,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\nstopped: go on with python ppo_ldm_sr.py --resume {shlex.quote(str(run))}")
         else:  # the same command can begin again
             print("\nstopped before the first checkpoint: nothing was kept")
-            for file in run.glob("events.*"):
+            for file in [*run.glob("events.*"), *run.glob("*.pt*")]:
                 file.unlink()
         sys.exit(130)
     bar.close()
