@@ -5,7 +5,7 @@
 # cache, which is what the cache is for; freezing the layer cannot make it dearer.
 # Seen: ten calls of a convolution cast weight and bias twice in all while the layer is trainable, and twenty times
 # after requires_grad_(False). The cache keeps leaves that require gradients alone. torch.no_grad() changes nothing.
-# It matters for whoever runs a frozen model, as in fine-tuning beside it or in inference: casting the weights once
+# It concerns whoever runs a frozen model, as in fine-tuning beside it or in inference: casting the weights once
 # by .to(torch.bfloat16) is the remedy.
 #
 # Exit code 0: the behaviour is still so. Exit code 1: it has changed.
