@@ -108,16 +108,10 @@ def bicubic(lr: torch.Tensor) -> torch.Tensor:
     return F.interpolate(lr, scale_factor=4, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def high_pass(image: torch.Tensor) -> torch.Tensor:
-    """Images (n, 3, H, W) -> luminance minus its 5 x 5 mean, without 8 px of border: (n, 1, H - 16, W - 16)."""
-    grey = image.mean(1, keepdim=True)
-    return (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[..., 8:-8, 8:-8]
-
-
 def mean_cell(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (n, 3, H, W) in [0, 1] -> mean (n, 16) of their cells of 4 x 4 px, and the cells (n, 16, cells), after a
     high-pass filter and each scaled to energy 1."""
-    cells = F.pixel_unshuffle(high_pass(image), 4).flatten(2)
+    cells = F.pixel_unshuffle(orl.high_pass(image), 4).flatten(2)
     cells = cells / (cells.square().mean(1, keepdim=True).sqrt() + 0.002)
     return cells.mean(2), cells
 
@@ -131,7 +125,7 @@ def grid(image: torch.Tensor) -> torch.Tensor:
 def periodicity(image: torch.Tensor) -> torch.Tensor:
     """Largest autocorrelation of the high-pass luminance of images (n, 3, H, W) in [0, 1] at shifts of 5 to 12 px,
     (n,) in [-1, 1]. It sees patterns that `grid` does not: their sign or phase may change from cell to cell."""
-    high, found = high_pass(image), []
+    high, found = orl.high_pass(image), []
     for k in range(5, 13):
         down = (high[..., k:, :] * high[..., :-k, :]).mean(dim=(1, 2, 3))
         right = (high[..., k:] * high[..., :-k]).mean(dim=(1, 2, 3))

@@ -174,11 +174,16 @@ def score(lpips_fn, sr, hr, nfe, weights=Args.reward_weights, shift=(0, 0)) -> d
     return {"psnr": psnr, "ssim": ssim, "lpips": distance, "nfe": nfe, **terms, "reward": sum(terms.values())}
 
 
+def high_pass(image: torch.Tensor) -> torch.Tensor:
+    """Images (n, 3, H, W) -> luminance less its 5 x 5 mean, 8 px of border cut: (n, 1, H - 16, W - 16)."""
+    grey = image.mean(1, keepdim=True)
+    return (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[..., 8:-8, 8:-8]
+
+
 def periodicity_distance(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
     """How differently SR and HR (n, 3, H, W) in [0, 1] repeat themselves, (n,): mean squared difference
     of the autocorrelations of their high-pass luminance at displacements of 5 to 12 px."""
-    grey = torch.stack([sr, hr]).mean(2)  # (2, n, H, W)
-    high = (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[..., 8:-8, 8:-8]
+    high = torch.stack([high_pass(image).squeeze(1) for image in (sr, hr)])  # (2, n, H - 16, W - 16)
     power = torch.fft.rfft2(high).abs().square()
     correlation = torch.fft.irfft2(power, s=high.shape[2:]) / high[0, 0].numel()  # Wiener-Khinchin theorem
     correlation = correlation / (correlation[..., :1, :1] + 4e-6)  # below half a grey level nothing is seen

@@ -1,5 +1,6 @@
 """Tiny models, tiny images and small helpers that the tests share. Nothing here needs the network."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -114,6 +115,17 @@ def refused(capsys, script, *flags):
     printed = capsys.readouterr().out
     assert error.value.code == 2 and printed.count("error: ") == 1, printed
     return printed
+
+
+@contextlib.contextmanager
+def stops_with(capsys, *words):
+    """In here the program must end with exit code 2 and one sentence, which holds these words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        yield
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    assert error.value.code == 2 and len(lines) == 1, lines
+    assert all(str(word) in lines[0] for word in words), lines
 
 
 @pytest.fixture(scope="session")

