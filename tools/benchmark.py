@@ -15,6 +15,7 @@ is JSON:
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def one_call(ldm: orl.LDM, images: orl.Images) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
-    orl.check_bounds(args, {"pairs": 1}, {})
+    orl.check_bounds(args, pairs=(1, math.inf))
     device = orl.pick_device(args.device)
     saved = orl.load_run(orl.locate(args.agent))
     ldm = orl.load_ldm(saved["args"]["ldm"], device)

@@ -6,6 +6,7 @@ Test images of each dataset are spread evenly over its scenes, with the same noi
 autoencoder is a linear one with as many channels: the principal components (PCA) of 4 x 4 px training patches.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def rows_of(args: Args, ldm: orl.LDM, lpips_fn, dataset: str) -> list[str]:
 
 
 def main(args: Args) -> None:
-    orl.check_bounds(args, {"images": 1, "seed": 0, "crop": orl.LEAST_CROP}, {})
+    orl.check_bounds(args, images=(1, math.inf), crop=(orl.LEAST_CROP, math.inf))
     device = orl.pick_device(args.device)
     ldm, lpips_fn = orl.load_ldm(args.ldm, device), orl.load_lpips(device)
     lines = ["| test images | what | PSNR (dB) | SSIM | LPIPS | VIF | grid |", "|---|---|---|---|---|---|---|"]

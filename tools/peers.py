@@ -135,7 +135,7 @@ def methods_of(args: Args, ldm: orl.LDM, agent: orl.Agent, env: orl.DenoisingEnv
 
 @torch.no_grad()
 def main(args: Args) -> None:
-    orl.check_bounds(args, {"crop": orl.LEAST_CROP, "every": 1, "seed": 0}, {})
+    orl.check_bounds(args, crop=(orl.LEAST_CROP, math.inf), every=(1, math.inf))
     saved = orl.load_run(orl.locate(args.agent))
     ldm = orl.load_ldm(saved["args"]["ldm"], CPU)
     agent, sensor = orl.load_agent(saved, ldm), orl.sensor_of(saved["args"])

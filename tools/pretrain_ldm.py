@@ -252,7 +252,7 @@ def train(name: str, model: nn.Module, loss_of, args: Args, folder: Path, seen: 
     bar = tqdm(total=round(seconds), desc=name, mininterval=5, bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix}")
 
     def save_all() -> None:
-        if not orl.finite(trained):
+        if not all(parameter.isfinite().all() for parameter in trained):
             orl.stop(f"the {name} is no longer finite; lower its learning rate, go on with --resume")
         save_part(average.module, folder)
         orl.save_run(file, {key: part.state_dict() for key, part in parts.items()} | {"state": state})
@@ -437,8 +437,8 @@ def decoder_training(args: Args, ldm: orl.LDM, crops: Crops, lpips_fn):
 def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace")
     shares = ("extra_share", "smooth_share", "first_share")
-    least = dict.fromkeys(("held_out", *(f"batch_{part}" for part in PARTS)), 2) | dict.fromkeys(shares, 0)
-    orl.check_bounds(args, least | {"layers": 1, "zoom": 0.1}, dict.fromkeys(shares, 0.99) | {"layers": 16, "zoom": 1})
+    bounds = dict.fromkeys(("held_out", *(f"batch_{part}" for part in PARTS)), (2, math.inf))
+    orl.check_bounds(args, **bounds, **dict.fromkeys(shares, (0, 0.99)), layers=(1, 16), zoom=(0.1, 1))
     if args.crop % 16 or args.crop < orl.LEAST_CROP:
         orl.stop(f"--crop {args.crop} must be a multiple of 16, 4 x the U-Net's stride, from {orl.LEAST_CROP} on")
     if args.leave_out and not Path(args.leave_out).is_file():

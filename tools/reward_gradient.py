@@ -10,6 +10,7 @@ It writes reward_gradient.pt and the curve of its held-out reward (reward_gradie
 folder. eval_sr.py then shows it as a row and as a line.
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def reward_step(env, agent, lpips_fn, hr, weights, optimizer) -> tuple[torch.Ten
 
 
 def main(args: Args) -> None:
-    orl.check_bounds(args, {"minutes": 1e-3, "batch": 1, "seed": 0, "learning_rate": 0}, {})
+    orl.check_bounds(args, minutes=(1e-3, math.inf), batch=(1, math.inf))
     device, run = orl.pick_device(args.device), orl.locate(args.agent)
     saved = orl.load_run(run)
     trained = saved["args"]
