@@ -823,7 +823,8 @@ def main(argv: list[str] | None = None) -> None:
         stop(f"{run} cannot be written; name another --run-dir: {error}")
     writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```", step)
     cards = {k: ["Multiline", [f"eval/{k}_agent$", f"eval/{k}_unsteered$"]] for k in EVALUATED}
-    writer.add_custom_scalars({"held-out images": cards})  # agent and unsteered LDM on one card
+    table = {k: ["Multiline", [f"table/{k}_"]] for k in EVALUATED[:3]}  # of eval_sr.py, with both baselines
+    writer.add_custom_scalars({"held-out images": cards, "table at the end": table})
 
     def curves(name: str, agent: Agent | None) -> dict[str, torch.Tensor]:
         figures = evaluate(env, hr, lpips_fn, agent, args.seed, args.reward_weights)

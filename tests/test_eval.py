@@ -295,7 +295,7 @@ def test_all_pictures_are_made_and_tensorboards_tiles_are_large_enough(noisy):
     assert all(width > 600 and 300 < height <= 1600 for width, height in sizes.values()), sizes
     events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()
-    tiles = ("LR", "bicubic", "unsteered_bp", "with_rl", "hr")
+    tiles = ("1_lr", "2_bicubic", "3_unsteered", "4_with_rl", "5_hr")
     names = {f"{scene}/{tile}" for scene in ("desert", "river") for tile in tiles}
     assert set(events.Tags()["images"]) == names
     for name in names:

@@ -389,8 +389,8 @@ def reward_curve(path: Path, run: Path, names: dict[str, str]) -> bool:
 # ---------------------------------------------------------------------------------------------- all of them
 def tensorboard_images(folder: Path, scene: str, one: dict, writer, step: int) -> None:
     """Tiles of at least 256 px of one image, in TensorBoard's order of names."""
-    tiles = {"LR": F.interpolate(one["lr"], scale_factor=4), "bicubic": one["bicubic"], "hr": one["hr"]}
-    tiles |= {"unsteered_bp": one["unsteered"], "with_rl": one["agent"]}
+    tiles = {"1_lr": F.interpolate(one["lr"], scale_factor=4), "2_bicubic": one["bicubic"]}
+    tiles |= {"3_unsteered": one["unsteered"], "4_with_rl": one["agent"], "5_hr": one["hr"]}
     factor = -(-256 // min(one["hr"].shape[2:]))
     for name, image in tiles.items():
         writer.add_image(f"{scene}/{name}", F.interpolate(image, scale_factor=factor)[0].clamp(0, 1), step)
@@ -413,6 +413,10 @@ def draw(folder: Path, run: Path, env, agent, rows, names: dict, load, seed: int
         with SummaryWriter(folder, filename_suffix=".pictures") as writer:
             for scene in typical:
                 tensorboard_images(folder, scene, one[scene], writer, step)
+            means = rows.groupby("method")[["psnr", "ssim", "lpips"]].mean()
+            for method in ("agent", "ldm", "ldm_same_nfe_bp"):
+                for figure, mean in means.loc[method].items():
+                    writer.add_scalar(f"table/{figure}_{method}", mean, step)
         chosen = [(scene, typical[scene][1], one[scene]) for scene in shown_scenes(typical)]
         comparison(folder / "figure.png", chosen, rows, title)
         error_maps(folder / "error.png", chosen, rows, title)
