@@ -546,7 +546,7 @@ PAPER_SCENES = ("commercial_area", "dense_residential", "desert", "forest", "ind
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 
-def read_image(content: bytes, min_side: int) -> torch.Tensor:
+def read_image(content: bytes, min_side: int = 1) -> torch.Tensor:
     """A file's bytes -> uint8 (3, H, W); ValueError for more than 8 bits, which Pillow may show as 8."""
     image = Image.open(io.BytesIO(content))
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is BitsPerSample; 339, SampleFormat, is 2 if signed
@@ -711,7 +711,7 @@ def load_run(path: Path) -> dict:
         assert content["args"] and content["agent"]
         assert content["version"] == VERSION, "it was written by another version of this code"
     except Exception as error:  # torch.load raises whatever a damaged file leads to
-        stop(f"{path} is missing, damaged or foreign; name a run folder of ppo_ldm_sr.py, or train again: {error!r}")
+        stop(f"{path} is missing, damaged or foreign; name a run folder of this code, or train again: {error!r}")
     return content
 
 def load_agent(saved: dict, ldm: LDM) -> Agent:

@@ -42,10 +42,10 @@ def copied(trained, tmp_path):
 
 
 def curves(folder):
-    """{tag: its steps} of a run folder, in the order in which TensorBoard shows them."""
+    """{tag: its steps} of a training, in the order in which TensorBoard shows them; not those of the table after it."""
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "table/" not in tag}
 
 
 def assert_good(file, iteration):

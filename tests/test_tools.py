@@ -158,6 +158,17 @@ def test_images_named_by_leave_out_are_never_read_and_an_unknown_name_is_an_erro
     assert "such as train/town/nothing.png" in capsys.readouterr().out
 
 
+def test_a_sensor_that_is_named_makes_the_lr_images_of_the_training(photos, monkeypatch):
+    args = pretrain_ldm.Args(dataset=(str(photos),), mtf=0.2, crop=64, batch_unet=2)
+    crops = pretrain_ldm.Crops(args, CPU)
+    ldm = orl.LDM(pretrain_ldm.make_unet(1), pretrain_ldm.make_autoencoder(), pretrain_ldm.make_scheduler(), CPU)
+    seen = set()
+    monkeypatch.setattr(orl.Sensor, "sense", lambda self, hr, noise: seen.add(self.mtf) or hr[..., ::4, ::4])
+    pretrain_ldm.unet_training(args, ldm, crops)
+    pretrain_ldm.held_out_figures(ldm, crops, ldm.unet)
+    assert seen == {0.2}
+
+
 def test_held_out_figures_are_of_every_dataset_that_is_named(small_unet, photos, tmp_path):
     for i in range(2):
         draw(tmp_path / "other/train/field" / f"{i}.png", (150, 150), i)

@@ -64,6 +64,7 @@ class Args:
     lr_unet: float = 6e-4  # learning rate of AdamW
     layers: int = 3  # residual blocks a level, and one more on the way up; where --output has fewer, the U-Net grows
     crop: int = 96  # px of a crop
+    mtf: float | None = None  # the sensor's modulation transfer at the LR Nyquist frequency (None: bicubic)
     zoom: float = 0.5  # half of the crops come from images scaled down by up to this factor, antialiased
     first_share: float = 0.25  # share of the batch at the first timestep, pure noise; the rest has any timestep
     # the decoder alone, on the U-Net's own clean latents beside the encoder's
@@ -76,7 +77,6 @@ class Args:
 PARTS, LATENT_CHANNELS = ("autoencoder", "unet", "decoder"), 8
 EVAL_CROP = 128  # px of the centre that the figures are measured on
 MOST_PIXELS = 256 * 256  # of an image that count when it is chosen
-SENSOR = orl.Sensor()  # antialiased bicubic interpolation
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -180,7 +180,7 @@ class Crops:
     """Random training crops. An image is chosen by its pixels, of which at most MOST_PIXELS count."""
 
     def __init__(self, args: Args, device: torch.device):
-        names = (*args.dataset, *args.extra)
+        self.sensor, names = orl.Sensor(args.mtf), (*args.dataset, *args.extra)
         left_out = set(Path(args.leave_out).read_text("utf-8").split("\n")) - {""} if args.leave_out else set()
         # {name: centres (n, 3, EVAL_CROP, EVAL_CROP) in [0, 1] of images that are never trained on}
         self.pixels, self.held_out, shares, all_met = [], {}, {}, set()
@@ -350,7 +350,7 @@ def unet_training(args: Args, ldm: orl.LDM, crops: Crops):
 
     def encode_crops(n: int):
         image = crops(n, args.crop)
-        lr = SENSOR.sense(image, None)
+        lr = crops.sensor.sense(image, None)
         rounded = torch.rand(n, 1, 1, 1, device=device) < 0.5  # as a user's 8-bit LR image is
         return ldm.encode(image).half(), (torch.where(rounded, (lr * 255).round() / 255, lr) * 2 - 1).half()
 
@@ -383,12 +383,12 @@ def held_out_figures(ldm: orl.LDM, crops: Crops, unet: nn.Module) -> dict[str, f
             torch.manual_seed(0)
             parts, rows = [], []
             for part in hr.split(32):
-                latents, lr = ldm.encode(part), SENSOR.sense(part, None)
+                latents, lr = ldm.encode(part), crops.sensor.sense(part, None)
                 levels = [torch.full((len(part),), t, device=ldm.device) for t in (100, 300, 500, 700, 900, last)]
                 rows.append(torch.stack([velocity_loss(ldm, unet, latents, 2 * lr - 1, t) for t in levels]))
                 z = torch.cat([torch.randn_like(latents), 2 * lr - 1], 1)
                 x0 = -ldm.run(unet, z, levels[-1])  # v at pure noise is minus the clean latent
-                sr = orl.back_project(ldm.decode(x0), lr, SENSOR)
+                sr = orl.back_project(ldm.decode(x0), lr, crops.sensor)
                 score = orl.score(None, sr, part, torch.ones(len(part), device=ldm.device))
                 parts.append(torch.stack([score["psnr"], score["ssim"]]))
             losses, (psnr, ssim) = torch.cat(rows, 1).mean(1), torch.cat(parts, 1).mean(1)
@@ -409,7 +409,7 @@ def decoder_training(args: Args, ldm: orl.LDM, crops: Crops, lpips_fn):
     def sampled_crops(n: int, nfe: int):
         """What the unsteered LDM gives after `nfe` evaluations: clean latents (n, c, 24, 24), and the HR crops."""
         image = crops(n, 96)
-        lr, z = SENSOR.sense(image, None), torch.randn(n, LATENT_CHANNELS, 24, 24, device=ldm.device)
+        lr, z = crops.sensor.sense(image, None), torch.randn(n, LATENT_CHANNELS, 24, 24, device=ldm.device)
         return orl.DenoisingEnv(ldm, nfe, nfe).denoise(lr, z)[0], image
 
     # a pool again: `share` crops for each NFE, two of which are renewed at every step
@@ -438,7 +438,7 @@ def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace")
     shares = ("extra_share", "smooth_share", "first_share")
     bounds = dict.fromkeys(("held_out", *(f"batch_{part}" for part in PARTS)), (2, math.inf))
-    orl.check_bounds(args, **bounds, **dict.fromkeys(shares, (0, 0.99)), layers=(1, 16), zoom=(0.1, 1))
+    orl.check_bounds(args, **bounds, **dict.fromkeys(shares, (0, 0.99)), layers=(1, 16), zoom=(0.1, 1), mtf=(0.01, 0.9))
     if args.crop % 16 or args.crop < orl.LEAST_CROP:
         orl.stop(f"--crop {args.crop} must be a multiple of 16, 4 x the U-Net's stride, from {orl.LEAST_CROP} on")
     if args.leave_out and not Path(args.leave_out).is_file():

@@ -123,7 +123,7 @@ def compare_real_images(env, agent, images: orl.Images, folder: Path, pool, a_sc
             with mock.patch.object(up, "TILE", max(scene.height, scene.width) // 2 + 3 * up.OVERLAP):
                 upscaler = up.Upscaler(env, agent, scene, 0, pool)
             assert upscaler.num_rows == upscaler.num_columns == 2
-            tiled = np.concatenate([values for values, _ in upscaler.strips(0, 2)], axis=1) / 255
+            tiled = np.concatenate(list(upscaler.strips(0, 2)), axis=1) / 255
             whole = one_piece(upscaler, range(2), range(2)).clamp(0, 1).numpy()[:, 4 * up.EDGE :, 4 * up.EDGE :]
             differences.append(255 * np.abs(tiled - whole[:, : tiled.shape[1], : tiled.shape[2]]).ravel())
             deviations.append(255 * tiled.std())
@@ -145,17 +145,18 @@ def main(args: Args) -> None:
     wait_for(process, parts, "*.half", 1)
     time.sleep(2)
     kill(process)
-    before = (parts / "00000.tif").stat().st_mtime_ns
+    first = next(parts.glob("00000-*.tif"))
+    before = first.stat().st_mtime_ns
     print(f"\nkilled in the middle of the second row of tiles; there are {sorted(os.listdir(parts))}")
     process = start(args, file)
     began, _ = wait_for(process, parts, "*.tif", 2)
     ended, memory = wait_for(process, parts, "*.tif", 3)
     kill(process)
-    kept = "kept as it was" if (parts / "00000.tif").stat().st_mtime_ns == before else "MADE AGAIN"
+    kept = "kept as it was" if first.stat().st_mtime_ns == before else "MADE AGAIN"
 
     saved = orl.load_run(orl.locate(args.agent))
     ldm = orl.load_ldm(saved["args"]["ldm"], device)
-    agent, ldm = orl.load_agent(saved, ldm), up.SharedLDM(ldm.unet, ldm.vqvae, ldm.scheduler, device)
+    agent = orl.load_agent(saved, ldm)
     sensor = orl.sensor_of(saved["args"])
     env = orl.DenoisingEnv(ldm, saved["args"]["base_steps"], saved["args"]["max_nfe"], sensor)
     torch.set_num_threads(1)  # as upscale_sr.py computes a tile
@@ -168,10 +169,10 @@ def main(args: Args) -> None:
         print(f"\nresumed: the first row's file was {kept}; {60 * megapixels / seconds:.2f} LR megapixels a minute, a "
               f"row of {upscaler.num_columns} tiles in {seconds:.0f} s, peak memory {memory:.2f} GB")  # fmt: skip
         upscaler.choose_strides()
-        tiled = np.concatenate([values for values, _ in upscaler.strips(0, ROWS)], axis=1) / WHITE
+        tiled = np.concatenate(list(upscaler.strips(0, ROWS)), axis=1) / WHITE
         count = ROWS * min(CUTS * COLUMNS, upscaler.num_columns)
         print(f"{count} tiles against cuts in one piece: {compare_scene(upscaler, tiled)}")
-        with rasterio.open(parts / "00000.tif") as part:
+        with rasterio.open(first) as part:
             same = np.array_equal(part.read(), (WHITE * tiled[:, : part.height]).round())
         print(f"the part that was written before the kill {'is' if same else 'IS NOT'} what is computed here again")
         print(compare_real_images(env, agent, images, folder, pool))
