@@ -711,7 +711,7 @@ def load_run(path: Path) -> dict:
         assert content["args"] and content["agent"]
         assert content["version"] == VERSION, "it was written by another version of this code"
     except Exception as error:  # torch.load raises whatever a damaged file leads to
-        stop(f"{path} is missing, damaged or foreign; name a run folder of this code, or train again: {error!r}")
+        stop(f"{path} is missing, damaged or foreign; name another run folder, or train again: {error!r}")
     return content
 
 def load_agent(saved: dict, ldm: LDM) -> Agent:

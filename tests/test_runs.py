@@ -45,7 +45,8 @@ def curves(folder):
     """{tag: its steps} of a training, in the order in which TensorBoard shows them; not those of the table after it."""
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "table/" not in tag}
+    tags = [tag for tag in events.Tags()["scalars"] if "table/" not in tag]
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in tags}
 
 
 def assert_good(file, iteration):
@@ -156,7 +157,7 @@ def test_after_sigterm_before_the_first_checkpoint_the_same_command_begins_again
 
 
 @pytest.mark.parametrize("moment", ["as the folder is named", "in the first rollout"])
-def test_after_ctrl_c_before_the_first_checkpoint_the_same_command_begins_again(tmp_path, flags, train, monkeypatch, moment):
+def test_after_ctrl_c_before_the_first_checkpoint_the_same_command_begins(tmp_path, flags, train, monkeypatch, moment):
     class Console(io.StringIO):
         def write(self, text):
             return interrupt() if text.startswith("run:") else super().write(text)
