@@ -381,7 +381,8 @@ def reward_curve(path: Path, run: Path, names: dict[str, str]) -> bool:
     for axes in (left, right):
         axes.set(xlabel="environment steps (NFE of the training)", ylabel="reward of an image")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=7, loc="center right")  # between the baseline and where a curve ends
     fig.savefig(path, dpi=DPI * 1.4)
     return True
 
