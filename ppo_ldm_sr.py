@@ -584,12 +584,12 @@ def rows_of_tables(name: str, root: Path):
 
 @lru_cache
 def find_images(dataset: str) -> tuple[list[tuple], str]:
-    """Rows as above of tables, or of images in [split/]scene/**, scene/split/** or a flat folder, one
-    scene; and their title. Hidden files are left out; a file that links lead to twice is one."""
+    """Rows as above of tables, or of images in [split/]scene/**, scene/split/** or a flat folder, one scene,
+    up to five folders deep; and their title. No hidden files; one that links lead to twice is one."""
     root, rows = locate(dataset), []
     if not root.is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset):  # owner/name is the Hub's
         stop(f"--dataset {dataset}: no such folder; give a folder split/scene/*.jpg or a Hub name owner/name")
-    files = glob.glob("**/*", root_dir=root, recursive=True) if root.is_dir() else []
+    files = [file for depth in range(6) for file in glob.glob("*/" * depth + "*", root_dir=root)]
     files = sorted((Path(file) for file in files if file.lower().endswith(IMG_EXTENSIONS)), reverse=True)
     top = Path(os.path.commonpath([file.parent for file in files] or [""]))
     while any(name.lower() in SPLITS for name in top.parts):

@@ -237,13 +237,14 @@ def test_hidden_folders_empty_classes_and_what_lies_beside_the_splits_are_left_o
     assert "unusable" not in capsys.readouterr().out
 
 
-def test_links_to_folders_are_followed_and_a_loop_ends(tmp_path):
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     """In a process of its own, so that a walk without end is a failure and not a standstill."""
     tree(tmp_path, "real/a/river/0.png", "real/b/river/1.png")
     (tmp_path / "set/test").mkdir(parents=True)
     (tmp_path / "set/train").symlink_to(tmp_path / "real/a")  # a split
     (tmp_path / "set/test/river").symlink_to(tmp_path / "real/b/river")  # a scene
-    (tmp_path / "real/b/river/up").symlink_to(tmp_path / "real/b")
+    for name in ("up", "up_too"):  # each leads to itself and to the other
+        (tmp_path / "real/b/river" / name).symlink_to(tmp_path / "real/b")
     code = """if True:
         import sys, torch, ppo_ldm_sr as orl
         for split in ("train", "test"):
