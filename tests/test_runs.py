@@ -259,7 +259,7 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_the_last_good_checkpoint(tmp_
     ("--update-epochs", [0]), ("--base-steps", [0]), ("--base-steps", [1001]), ("--max-nfe", [0]), ("--crop", [0]),
     ("--crop", [32]), ("--crop", [50]), ("--eval-every", [0]), ("--eval-images", [-1]), ("--seed", [-1]),
     ("--seed", [2**64]), ("--gamma", [2.0]), ("--gae-lambda", [NAN]), ("--learning-rate", [-1.0]), ("--mtf", [0.0]),
-    ("--mtf", [1.0]), ("--lr-noise", [-1.0]), ("--edit-std", [NAN]), ("--reward-scale", [0.0]), ("--vgg-share", [2.0]),
+    ("--mtf", [1.0]), ("--lr-noise", [-1.0]), ("--edit-std", [NAN]), ("--reward-scale", [0.0]),
     ("--reward-weights", [0, 0, 0, 0]), ("--dataset", ["not/to/be/found"]), ("--ldm", ["not/to/be/found"]),
     ("--scenes", ["volcano"]), ("--agent", ["runs/scenes"]), ("--run-dir", [ROOT / "README.md/run"]),
     pytest.param("--device", ["cuda"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
@@ -290,7 +290,6 @@ def test_a_scheduler_that_is_refused_can_be_written_as_the_one_that_is_named(tmp
 
 def test_without_weights_of_lpips_what_needs_them_is_refused(tmp_path, flags, monkeypatch, capsys, train):
     monkeypatch.setattr(orl, "load_lpips", lambda *_: None)
-    assert "--vgg-share" in refused(capsys, orl, *flags, "--vgg-share", 0.5)
     assert "--reward-weights" in refused(capsys, orl, *flags, "--reward-weights", 0, 0, 1, 0)
     assert not (tmp_path / "run").exists()
     train(interrupt, *flags, code=130)

@@ -74,7 +74,7 @@ def training_speed(ldm: orl.LDM, images: orl.Images, lpips_fn, pairs: int) -> di
     for seed in range(pairs + 1):
         bare = seconds(unet_alone)
         kept = []
-        inputs = (env, learner, lpips_fn, None, images, settings, seed)
+        inputs = (env, learner, lpips_fn, images, settings, seed)
         rolled = seconds(lambda kept=kept, inputs=inputs: kept.append(orl.rollout(*inputs)))
         batch, _ = kept[0]
         updated = seconds(lambda batch=batch: orl.update(learner, optimizer, batch, settings))
