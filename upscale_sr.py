@@ -10,7 +10,6 @@ shown as they are; of all else, black and white are --scale or the scene's 2nd a
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -34,7 +33,7 @@ import rasterio.shutil
 import torch
 import tyro
 from affine import Affine
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from rasterio._err import CPLE_BaseError  # GDAL's own errors, which rasterio.errors does not name
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
@@ -52,8 +51,8 @@ SUFFIX = {"PNG": ".png", "JPEG": ".jpg", "GTiff": ".tif"}  # of the results
 OF_THE_FILE = {"IMAGE_STRUCTURE", "SUBDATASETS", "DERIVED_SUBDATASETS", "COLOR_PROFILE", "RPC"}  # tags not to copy
 RGB, ALPHA = {ColorInterp.red, ColorInterp.green, ColorInterp.blue}, ColorInterp.alpha
 # what bad files and full disks raise; SyntaxError: Pillow for a broken PNG; RuntimeError: PyTorch out of memory
-ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError, ImageCms.PyCMSError,
-          rasterio.errors.RasterioError, CPLE_BaseError)  # fmt: skip
+ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError, rasterio.errors.RasterioError,
+          CPLE_BaseError)  # fmt: skip
 Image.MAX_IMAGE_PIXELS = None  # a large picture is a user's own
 warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
 warnings.filterwarnings("ignore", category=rasterio.errors.NodataShadowWarning)
@@ -87,12 +86,12 @@ class Scene:
         self.picture = self.open_picture(file, place)
         self.source = source = self.picture or placed
         self.pixels = self.picture or rasterio.open(file, OVERVIEW_LEVEL="NONE")  # no overview stands in for them
-        marks, structure = source.colorinterp, source.tags(ns="IMAGE_STRUCTURE")
+        marks, structure = source.colorinterp, placed.tags(ns="IMAGE_STRUCTURE")
         if (source.subdatasets or len(set(source.dtypes)) != 1 or source.dtypes[0].startswith("complex")
-                or "MINISWHITE" in structure or structure.get("SOURCE_COLOR_SPACE") == "CIELAB"
+                or "MINISWHITE" in structure or structure.get("SOURCE_COLOR_SPACE") in ("CIELAB", "CMYK")
                 or {ColorInterp.palette, ColorInterp.cyan} & set(marks)):  # fmt: skip
-            raise ValueError("several pages, CIELAB, MINISWHITE, complex numbers, bands of several types, CMYK of 16 "
-                             "bits and colour tables of a .tif are not supported: save it as grey or RGB")  # fmt: skip
+            raise ValueError("several pages, CMYK, CIELAB, MINISWHITE, complex numbers, bands of several types and "
+                             "colour tables of a .tif are not supported: save it as grey or RGB")  # fmt: skip
         self.height, self.width, self.dtype = source.height, source.width, source.dtypes[0]
         data = [i for i in source.indexes if marks[i - 1] != ALPHA]
         self.alpha = marks.index(ALPHA) + 1 if ALPHA in marks else None
@@ -114,24 +113,17 @@ class Scene:
 
     def open_picture(self, file: Path, place: bool):
         """A picture of 8 bits as rasterio's dataset of 1 to 4 bands; None where rasterio reads the file by rows."""
-        cmyk = self.placed.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE") == "CMYK"
-        known = cmyk or self.placed.driver in ("PNG", "JPEG", "GIF", "WEBP", "BMP")
-        if not known or self.placed.dtypes[0] != "uint8":
+        if self.placed.driver not in ("PNG", "JPEG", "GIF", "WEBP", "BMP") or self.placed.dtypes[0] != "uint8":
             return None
         image = Image.open(file)
         grey, profile = image.mode in ("1", "L", "LA"), image.info.get("icc_profile")
         if (frames := getattr(image, "n_frames", 1)) > 1:
             self.notes.append(f"left out: {frames - 1} further page(s)")
-        if cmyk:
-            self.notes.append("CMYK is written as sRGB")
-            if profile:
-                srgb = ImageCms.createProfile("sRGB")
-                image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
         if not place:  # else its coordinates are those of the picture as it lies
             image = ImageOps.exif_transpose(image)
         self.memory = rasterio.MemoryFile()
         mode = ("L" if grey else "RGB") + "A" * image.has_transparency_data
-        image.convert(mode).save(self.memory, "TIFF", icc_profile=None if cmyk else profile)
+        image.convert(mode).save(self.memory, "TIFF", icc_profile=profile)
         return self.memory.open()
 
     def fetch(self, window: Window | None = None, step: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
