@@ -607,7 +607,7 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
     try:
         rows = rows or [*rows_of_tables(dataset, root)]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        what = "unreadable" if root.is_dir() else "no such folder, and neither the Hub nor its cache gives it"
+        what = "no image or table" if root.is_dir() else "no such folder; neither Hub nor cache has it"
         stop(f"--dataset {dataset}: {what}; give a folder split/scene/*.jpg: {error}")
     any_split = any(row[0].lower() in SPLITS for row in rows)
     rows = [(SPLITS.get(split.lower()) if any_split else "train", *rest) for split, *rest in rows]

@@ -382,11 +382,15 @@ def test_a_missing_folder_that_is_no_name_of_the_hub_is_never_asked_of_it(name, 
 def test_a_hub_that_cannot_be_reached_is_one_sentence_within_seconds(monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    for info in ("dataset_info", "model_info"):
+        monkeypatch.setattr(huggingface_hub.HfApi, info, unreachable)
     began = time.perf_counter()
     with stops_with(capsys, "nobody/has-this-dataset", "folder"):
         load("nobody/has-this-dataset", "train")
-    assert time.perf_counter() - began < 10
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    with stops_with(capsys, "nobody/has-this-ldm", "folder"):
+        orl.load_ldm("nobody/has-this-ldm", torch.device("cpu"))
+    assert time.perf_counter() - began < 10 and huggingface_hub.constants.HF_HUB_OFFLINE  # no retry was made
 
 
 def test_a_dataset_that_cannot_be_used_ends_in_one_sentence(image_folder, tmp_path, capsys):
