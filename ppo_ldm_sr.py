@@ -750,9 +750,6 @@ def read_settings(argv: list[str] | None) -> tuple[Args, dict]:
         changed = [k for k, v in vars(own).items() if k not in free and v != getattr(args, k)]
         if changed:
             stop(f"--resume {args.resume} takes the settings of that run, not another {', '.join(changed)}")
-        if saved["step"] >= (args.total_timesteps or math.inf):
-            stop(f"--resume {args.resume}: it has its {saved['step']} steps; give more --total-timesteps, or "
-                 f"make its table: python eval_sr.py --agent {shlex.quote(args.resume)}")  # fmt: skip
     elif args.run_dir and any(Path(args.run_dir).glob("*.pt")):
         stop(f"--run-dir {args.run_dir}: it holds a run; go on with --resume, delete it or name another")
     ranks = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_STEP_NUM_TASKS"}  # of torchrun and srun
@@ -841,7 +838,8 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preempted job stops as by Ctrl-C
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
     try:
-        print(f"run: {run}, step {step} to {args.total_timesteps}; tensorboard --logdir {run.parent}")
+        goes = f"step {step} to {args.total_timesteps}" if step < args.total_timesteps else "complete"
+        print(f"run: {run}, {goes}; tensorboard --logdir {run.parent}")
         unsteered = curves("unsteered", None)
         for tag, value in (unsteered | curves("agent", agent) if not step else {}).items():
             writer.add_scalar(tag, value.mean(), 0)  # where the curves begin
