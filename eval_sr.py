@@ -375,7 +375,7 @@ def main(args: Args) -> None:
     device, run = orl.pick_device(args.device), orl.locate(args.agent)
     saved = orl.load_run(run)
     run = (run if run.is_dir() else run.parent).resolve() if run.name in ("", "..") or run.is_file() else run
-    trained, own_sensor = saved["args"], orl.sensor_of(saved["args"])
+    trained, own_sensor = saved["args"], orl.Sensor(saved["args"]["mtf"], saved["args"]["lr_noise"])
     mtf = own_sensor.mtf if args.mtf is None else None if args.mtf == "bicubic" else args.mtf
     sensor = orl.Sensor(mtf, own_sensor.lr_noise if args.lr_noise is None else args.lr_noise)
     orl.check_bounds(sensor, mtf=(0.01, 0.9), lr_noise=(0, 255))

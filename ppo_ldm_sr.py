@@ -26,7 +26,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -145,23 +144,18 @@ def back_project(sr: torch.Tensor, lr: torch.Tensor, sensor: Sensor) -> torch.Te
 
 def load_lpips(device: torch.device) -> nn.Module | None:
     """LPIPS (Zhang et al. 2018), frozen, or None where neither torch hub nor PyPI gives its weights."""
-    cached = Path(torch.hub.get_dir(), "checkpoints", "orl_ldm_alex_convolutions.safetensors").is_file()
-    cached = cached and (PROJECT / "tools").is_dir()  # a copy of this file alone cannot read them
+    sys.path.append(str(PROJECT / "tools"))
     try:  # choice: the backbone of LPIPS is AlexNet, the default of its package
         try:
-            if cached:
-                raise OSError("an earlier call had to take them from PyPI")
-            lpips_fn = lpips.LPIPS(net="alex", verbose=False)
-        except OSError:
-            sys.path.append(str(PROJECT / "tools"))
-            import lpips_weights
-
-            lpips_fn = lpips_weights.load("alex")
-    except (ImportError, OSError) as error:
+            from lpips_weights import load  # torch hub's or PyPI's
+        except ImportError:  # this file is alone
+            load = partial(lpips.LPIPS, verbose=False)
+        lpips_fn = load(net="alex")
+    except OSError as error:
         print(f"LPIPS: no AlexNet weights ({error}): the reward goes without it, tables say n/a")
         return None
-    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of AlexNet's name; delete it: {error}")
+    except Exception as error:  # a damaged file raises anything
+        stop(f"{torch.hub.get_dir()}/checkpoints holds a wrong file of AlexNet's name; delete it: {error!r}")
     return lpips_fn.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 def score(lpips_fn, sr, hr, nfe, weights=Args.reward_weights, shift=(0, 0)) -> dict[str, torch.Tensor]:
@@ -279,9 +273,8 @@ def load_ldm(name: str, device: torch.device) -> LDM:
         stop(f"--ldm {name}: unreadable; give a folder of unet/, vqvae/, scheduler/, or a Hub name: {error}")
     ldm = LDM(*parts, diffusers.DDIMScheduler.from_config(config), device)
     size = f"{sum(p.numel() for p in ldm.unet.parameters()) / 1e6:.1f} M parameters"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    where += " in bf16" if has_bf16(device) else " in fp32"
-    print(f"LDM: {name}, U-Net of {size}, {ldm.latent_channels} latent channels, {prediction}, on {where}")
+    what = f"U-Net of {size}, {ldm.latent_channels} latent channels, {prediction}"
+    print(f"LDM: {name}, {what}, on {device} in {'bf16' if has_bf16(device) else 'fp32'}")
     return ldm
 
 # ------------------------------------------------------------------------------------ environment
@@ -356,16 +349,12 @@ class DenoisingEnv:
             env_ids, lr, z, position, x0_first = (x[go] for x in (env_ids, lr, z, position, x0_first))
         return clean, spent, steps
 
-    def decode_sr(self, z: torch.Tensor, lr: torch.Tensor, back_projection: bool = True) -> torch.Tensor:
-        """Clean latents (n, c, h, w), LR (n, 3, h, w) in [0, 1] -> SR (n, 3, 4h, 4w) in [0, 1]."""
-        sr = self.ldm.decode(z)
-        return back_project(sr, lr, self.sensor) if back_projection else sr
-
     @torch.no_grad()
     def super_resolve(self, lr, z, agent: "Agent | None" = None, back_projection: bool = True):
         """SR (n, 3, 4h, 4w) in [0, 1], NFE (n,), steps; the stock's without agent and back-projection."""
         clean, nfe, steps = self.denoise(lr, z, agent)
-        return self.decode_sr(clean, lr, back_projection), nfe, steps
+        sr = self.ldm.decode(clean)
+        return (back_project(sr, lr, self.sensor) if back_projection else sr), nfe, steps
 
 # ------------------------------------------------------------------------------------ agent
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
@@ -484,7 +473,7 @@ def rollout(env: DenoisingEnv, agent: Agent, lpips_fn, images: "Images", args: A
     z_T = torch.randn(n, env.ldm.latent_channels, h, h, device=hr.device)
     lr = env.sensor.sense(hr, torch.randn(n, 3, h, h, device=hr.device))  # (n, 3, h, h)
     clean, nfe, steps = env.denoise(lr, z_T, agent, sample=True)
-    sr = env.decode_sr(clean, lr)
+    sr = back_project(env.ldm.decode(clean), lr, env.sensor)
     infos = score(lpips_fn, sr, hr, nfe, args.reward_weights, shift=torch.randint(8, (2,)).tolist())
     # choice: one more term in training is a flag, since LPIPS takes a faint lattice for texture
     if args.periodicity_penalty:
@@ -562,8 +551,7 @@ def read_image(content: bytes, min_side: int = 1) -> torch.Tensor:
     if bits > 8 or image.mode[0] in "IF" or 2 in tags.get(339, ()) or image.format in ("JPEG2000", "PPM"):
         raise ValueError("not 8 bits a channel; bring the dataset to 8-bit PNG, JPEG or TIFF by one scale")
     if min(image.size) < min_side:
-        hint = f"; --crop can be as small as {LEAST_CROP}" if min_side > LEAST_CROP else ""
-        raise ValueError(f"a side below {min_side} px{hint}")
+        raise ValueError(f"a side below {min_side} px; --crop can be as small as {LEAST_CROP}")
     return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 def rows_of_tables(name: str, root: Path):
@@ -729,10 +717,6 @@ def load_agent(saved: dict, ldm: LDM) -> Agent:
     agent.load_state_dict(saved["agent"])
     return agent.to(ldm.device).eval()
 
-def sensor_of(args: dict) -> Sensor:
-    """The sensor of a run's settings."""
-    return Sensor(args["mtf"], args["lr_noise"])
-
 def check_bounds(args, **bounds: tuple[float, float]) -> None:
     """Ends the program where a number among the settings is out of its bounds; (0, inf) if none are given."""
     for name, value in vars(args).items():
@@ -779,7 +763,7 @@ def main(argv: list[str] | None = None) -> None:
     ldm = load_ldm(args.ldm, device)
     if args.crop % (4 * ldm.stride):
         stop(f"--crop {args.crop} must be a multiple of {4 * ldm.stride}, 4 x the U-Net's stride")
-    env = DenoisingEnv(ldm, args.base_steps, args.max_nfe, sensor_of(vars(args)))
+    env = DenoisingEnv(ldm, args.base_steps, args.max_nfe, Sensor(args.mtf, args.lr_noise))
 
     # Images
     train, test = (load_images(args.dataset, k, args.scenes, args.crop, device) for k in ("train", "test"))
@@ -791,12 +775,10 @@ def main(argv: list[str] | None = None) -> None:
         if saved and saved[what] != content[what]:
             stop(f"--resume {args.resume}: these are not the {what} that the run began with; name the same")
 
-    # Reward
+    # Agent and reward
     lpips_fn = load_lpips(device)
     if not sum(args.reward_weights) - (0 if lpips_fn else args.reward_weights[2]) > 0:
         stop("--reward-weights: the sum of those that count is not positive (LPIPS counts with its weights)")
-
-    # Agent
     with torch.no_grad():
         latent_std = ldm.encode(train.crops(32, args.crop)).std(dim=(0, 2, 3))  # (c,)
     agent = Agent(latent_std, ldm.hidden_channels).to(device)
@@ -883,24 +865,20 @@ def main(argv: list[str] | None = None) -> None:
                 save_run(run / "agent.pt", content)
             save_run(checkpoint, content | {"optimizer": optimizer.state_dict()})
             bar.update(count)
+        bar.close()
+        writer.close()
+
+        # Table
+        if (PROJECT / "eval_sr.py").is_file():
+            limit = -(-args.eval_images // len(test.scenes))  # images a scene; 0: all
+            flags = ["--agent", run, "--device", device.type, "--crop", args.crop, "--limit", limit]
+            flags += ["--scenes", *args.scenes] if args.scenes else []
+            sys.exit(subprocess.run([sys.executable, PROJECT / "eval_sr.py", *map(str, flags)]).returncode)
     except KeyboardInterrupt:
         writer.close()
         command = f"python ppo_ldm_sr.py --resume {shlex.quote(str(run))}"
         print("\nstopped: go on with", command if checkpoint.is_file() else "the same command, from step 0")
         sys.exit(130)
-    bar.close()
-    writer.close()
-
-    # Table
-    if (PROJECT / "eval_sr.py").is_file():
-        limit = -(-args.eval_images // len(test.scenes))  # images a scene; 0: all
-        flags = ["--agent", run, "--device", device.type, "--crop", args.crop, "--limit", limit]
-        flags += ["--scenes", *args.scenes] if args.scenes else []
-        command = [sys.executable, str(PROJECT / "eval_sr.py"), *map(str, flags)]
-        try:
-            sys.exit(subprocess.run(command).returncode)
-        except KeyboardInterrupt:  # the table's process says what to do
-            sys.exit(130)
 
 if __name__ == "__main__":
     main()

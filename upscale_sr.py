@@ -491,7 +491,7 @@ def main(args: Args) -> None:
         rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         device = torch.device("cuda", rank % torch.cuda.device_count())
     saved = orl.load_run(orl.locate(args.agent))
-    sensor = orl.sensor_of(saved["args"])
+    sensor = orl.Sensor(saved["args"]["mtf"], saved["args"]["lr_noise"])
     print(f"agent: {args.agent}, for LR images by this sensor: {sensor}")
     ldm = orl.load_ldm(args.ldm or saved["args"]["ldm"], device)
     agent = orl.load_agent(saved, ldm)

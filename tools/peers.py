@@ -138,7 +138,7 @@ def main(args: Args) -> None:
     orl.check_bounds(args, crop=(orl.LEAST_CROP, math.inf), every=(1, math.inf))
     saved = orl.load_run(orl.locate(args.agent))
     ldm = orl.load_ldm(saved["args"]["ldm"], CPU)
-    agent, sensor = orl.load_agent(saved, ldm), orl.sensor_of(saved["args"])
+    agent, sensor = orl.load_agent(saved, ldm), orl.Sensor(saved["args"]["mtf"], saved["args"]["lr_noise"])
     env = orl.DenoisingEnv(ldm, saved["args"]["base_steps"], saved["args"]["max_nfe"], sensor)
     images = orl.load_images(args.dataset, "test", (), args.crop, CPU)
     indices = range(0, len(images.files), args.every)

@@ -37,8 +37,9 @@ def methods_of(args: Args, device: torch.device) -> dict:
     methods = {}
     for folder in args.agents:
         saved = orl.load_run(orl.locate(folder))
-        ldm, sensor = orl.load_ldm(saved["args"]["ldm"], device), orl.sensor_of(saved["args"])
-        env = orl.DenoisingEnv(ldm, saved["args"]["base_steps"], saved["args"]["max_nfe"], sensor)
+        own = saved["args"]
+        ldm, sensor = orl.load_ldm(own["ldm"], device), orl.Sensor(own["mtf"], own["lr_noise"])
+        env = orl.DenoisingEnv(ldm, own["base_steps"], own["max_nfe"], sensor)
         methods[f"without RL, {sensor}"] = orl.DenoisingEnv(ldm, 2, 2, sensor), None
         methods[f"with RL, {sensor}"] = env, orl.load_agent(saved, ldm)
     return methods

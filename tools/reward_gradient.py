@@ -44,7 +44,8 @@ def reward_step(env, agent, lpips_fn, hr, weights, optimizer) -> tuple[torch.Ten
     lr = env.sensor.sense(hr, torch.randn(n, 3, side, side, device=hr.device))
     clean, nfe, steps = env.denoise(lr, z_T, agent)
     shift = torch.randint(8, (2,)).tolist()  # as in the agent's training
-    reward = orl.score(lpips_fn, env.decode_sr(clean, lr), hr, nfe, weights, shift)["reward"].mean()
+    sr = orl.back_project(env.ldm.decode(clean), lr, env.sensor)
+    reward = orl.score(lpips_fn, sr, hr, nfe, weights, shift)["reward"].mean()
     gradients = torch.autograd.grad(reward, [step.edits for step in steps])
     spatial_obs = torch.cat([step.spatial_obs for step in steps])
     scalar_obs = torch.cat([step.scalar_obs for step in steps])
@@ -62,7 +63,8 @@ def main(args: Args) -> None:
     trained = saved["args"]
     weights, crop = trained["reward_weights"], trained["crop"]
     ldm = orl.load_ldm(trained["ldm"], device)
-    env = orl.DenoisingEnv(ldm, trained["base_steps"], trained["max_nfe"], orl.sensor_of(trained))
+    sensor = orl.Sensor(trained["mtf"], trained["lr_noise"])
+    env = orl.DenoisingEnv(ldm, trained["base_steps"], trained["max_nfe"], sensor)
     dataset, scenes = args.dataset or trained["dataset"], tuple(trained["scenes"])
     train, test = (orl.load_images(dataset, split, scenes, crop, device) for split in ("train", "test"))
     count = min(trained["eval_images"] or len(test.files), len(test.files))  # as for the agent's curve

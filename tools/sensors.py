@@ -34,7 +34,8 @@ def main(args: Args) -> None:
     lpips_fn, images = orl.load_lpips(device), orl.load_images(args.dataset, "test", (), args.crop, device)
     hr = torch.stack([images.centre(i, 16, args.crop) for i in range(len(images.files))])
     runs = {Path(folder).resolve().name: orl.load_run(orl.locate(folder)) for folder in args.agents}
-    sensors = list(dict.fromkeys(orl.sensor_of(saved["args"]) for saved in runs.values()))
+    settings = [saved["args"] for saved in runs.values()]
+    sensors = list(dict.fromkeys(orl.Sensor(own["mtf"], own["lr_noise"]) for own in settings))
     print(f"\n{len(hr)} images; a cell: reward, PSNR / SSIM / LPIPS\n\n| agent | {' | '.join(map(str, sensors))} |")
     print("|---" * (len(sensors) + 1) + "|")
     rewards = []

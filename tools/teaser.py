@@ -36,7 +36,7 @@ def row_of(args: Args, k: int, lpips_fn, device: torch.device) -> tuple[list[tup
     """Row k: (caption, image (1, 3, 256, 256) in [0, 1]) of each column, and the name of its sensor."""
     saved = orl.load_run(orl.locate(args.agents[k]))
     ldm = orl.load_ldm(saved["args"]["ldm"], device)
-    sensor, agent = orl.sensor_of(saved["args"]), orl.load_agent(saved, ldm)
+    sensor, agent = orl.Sensor(saved["args"]["mtf"], saved["args"]["lr_noise"]), orl.load_agent(saved, ldm)
     env = orl.DenoisingEnv(ldm, saved["args"]["base_steps"], saved["args"]["max_nfe"], sensor)
     images = orl.load_images(args.dataset, "test", (args.images[k],), 256, device)
     hr = images.centre(args.numbers[k], 16, 256)[None]

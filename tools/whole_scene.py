@@ -157,7 +157,7 @@ def main(args: Args) -> None:
     saved = orl.load_run(orl.locate(args.agent))
     ldm = orl.load_ldm(saved["args"]["ldm"], device)
     agent = orl.load_agent(saved, ldm)
-    sensor = orl.sensor_of(saved["args"])
+    sensor = orl.Sensor(saved["args"]["mtf"], saved["args"]["lr_noise"])
     env = orl.DenoisingEnv(ldm, saved["args"]["base_steps"], saved["args"]["max_nfe"], sensor)
     torch.set_num_threads(1)  # as upscale_sr.py computes a tile
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
