@@ -7,6 +7,7 @@ import pickle
 import re
 import shlex
 import shutil
+import sys
 
 import benchmark
 import ldm_figures
@@ -18,7 +19,6 @@ import peers
 import pretrain_ldm
 import pytest
 import reward_gradient
-import sys
 import torch
 import tyro
 from conftest import ROOT, SHARED, TOOLS, refused, unreachable
