@@ -459,12 +459,18 @@ def test_the_benchmark_counts_the_operations_of_the_agents_own_evaluations(ldm_f
     agent.actor[-1].weight.data.zero_()  # as many NFE as base steps
     image = torch.rand(3, 64, 64)
     two, three = (benchmark.image_speed(orl.DenoisingEnv(ldm, k, k), agent, image, 1) for k in (2, 3))
-    decoder = benchmark.FlopCounterMode(display=False)
-    with decoder, torch.no_grad():
+    with benchmark.operations() as decoder, torch.no_grad():
         ldm.decode(torch.rand(1, ldm.latent_channels, 16, 16))
     assert (two["nfe"], three["nfe"]) == (2, 3)
     of_a_call = three["gflop"] - two["gflop"]
     assert two["gflop"] == pytest.approx(2 * of_a_call + decoder.get_total_flops() / 1e9, rel=1e-3)
+
+
+def test_the_benchmark_counts_attention_on_a_cpu_too():
+    query = torch.randn(1, 4, 256, 32)
+    with benchmark.operations() as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 256 * 256 * 32
 
 
 def test_a_peer_that_is_not_installed_is_left_out_and_the_sentence_names_the_command(monkeypatch, capsys):

@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,7 @@ from typing import Literal
 
 import torch
 import tyro
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -89,12 +91,19 @@ def training_speed(ldm: orl.LDM, images: orl.Images, lpips_fn, pairs: int) -> di
     return {name: median(values) for name, values in found.items()}
 
 
+@contextmanager
+def operations():
+    """A counter of operations. Attention is computed by plain products in it: others are not counted on a CPU."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
 def image_speed(env: orl.DenoisingEnv, agent: orl.Agent, image: torch.Tensor, pairs: int) -> dict[str, float]:
     """Speed and operations of one image (3, SIZE, SIZE) by the agent."""
     lr = env.sensor.downscale(image[None]).clamp(0, 1)  # (1, 3, h, w)
     z = orl.noise_for([0], (env.ldm.latent_channels, *lr.shape[-2:]), 0, env.ldm.device)
     stock = orl.DenoisingEnv(env.ldm, 100, 100, env.sensor)
-    with FlopCounterMode(display=False) as counter:
+    with operations() as counter:
         _, nfe, _ = env.super_resolve(lr, z, agent)
     ratios = []
     for _ in range(pairs):
