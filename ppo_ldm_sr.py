@@ -554,6 +554,11 @@ def read_image(content: bytes, min_side: int = 1) -> torch.Tensor:
         raise ValueError(f"a side below {min_side} px; --crop can be as small as {LEAST_CROP}")
     return v2.functional.pil_to_tensor(image.convert("RGB"))
 
+def read_row(table, i: int) -> bytes:
+    """The image file of row i: in the table, or beside it, as in a Hub repository of image files."""
+    image = table[i]["image"]
+    return image["bytes"] or Path(image["path"]).read_bytes()
+
 def rows_of_tables(name: str, root: Path):
     """Yields (split, scene, file name, function that reads it) of parquet files, what `save_to_disk` wrote,
     or of the Hub or its cache. A label is a string or a class number; -1 is hidden and left out."""
@@ -573,8 +578,7 @@ def rows_of_tables(name: str, root: Path):
         encoded = table.cast_column("image", datasets.Image(decode=False))
         for i, scene in enumerate(table["label"]):
             if scene not in (-1, None):
-                read = partial(lambda rows, i: rows[i]["image"]["bytes"], encoded, i)
-                yield split, str(names[scene] if names else scene), f"{i:06d}", read
+                yield split, str(names[scene] if names else scene), f"{i:06d}", partial(read_row, encoded, i)
 
 @lru_cache
 def find_images(dataset: str) -> tuple[list[tuple], str]:

@@ -344,6 +344,8 @@ def test_hidden_labels_are_no_class_and_strings_are_scenes(tmp_path):
 def test_a_dataset_and_an_ldm_of_bin_weights_come_from_the_hub_and_no_library_complains(tmp_path):
     """A stand-in of the Hub over HTTP, in a process of its own, since the client reads HF_ENDPOINT once."""
     as_parquet(hub_dataset({"train": 5, "validation": 1, "test": 2}), tmp_path / "hub/datasets/timm/resisc45")
+    files = [f"{split}/{scene}/a.png" for split in ("train", "test") for scene in ("lake", "road")]
+    tree(tmp_path / "hub/datasets/someone/photos", *files)
     for folder in ("bin", "hub/models/someone/tiny"):
         tiny_ldm(tmp_path / "ldm").save_pretrained(tmp_path / folder, safe_serialization=False)
     assert not list((tmp_path / "bin").rglob("*.safetensors"))
@@ -351,6 +353,8 @@ def test_a_dataset_and_an_ldm_of_bin_weights_come_from_the_hub_and_no_library_co
         import sys, torch, ppo_ldm_sr as orl
         cpu = torch.device("cpu")
         ldms = [orl.load_ldm(name, cpu) for name in ("someone/tiny", sys.argv[1])]
+        files = orl.load_images("someone/photos", "test", (), 32, cpu)
+        print(files.scenes, len(files.files))
         train, test = (orl.load_images("timm/resisc45", split, (), 32, cpu) for split in ("train", "test"))
         print(len(train.files), len(test.files), train.scenes, train.title, *(ldm.fingerprint for ldm in ldms))"""
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
@@ -361,6 +365,7 @@ def test_a_dataset_and_an_ldm_of_bin_weights_come_from_the_hub_and_no_library_co
     fingerprint = orl.load_ldm(str(tmp_path / "ldm"), CPU).fingerprint
     last = f"10 4 ['desert', 'river'] timm/resisc45 {fingerprint} {fingerprint}"
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == last, done.stdout + done.stderr
+    assert "['lake', 'road'] 2" in done.stdout.splitlines(), done.stdout
     assert not re.search(r"error|warn|unauthenticated", done.stderr, re.IGNORECASE), done.stderr
 
 
