@@ -2,6 +2,7 @@
 
     python eval_sr.py                                               # the agent that ships, on its own images
     python eval_sr.py --agent runs/NAME --dataset data/paper8 --crop 128
+    python eval_sr.py --dataset FOLDER --split all                  # every image of a test folder of your own
     python eval_sr.py --mtf 0.15 --lr-noise 2                       # the same agent on another sensor
     python eval_sr.py --save-images images && python tools/compare_page.py images
 
@@ -69,7 +70,7 @@ class Args:
     seed: int = 0  # seed of the noise
     # the images and their sensor
     dataset: str | None = None  # image folder or Hub name (None: the agent's own, or the scenes that ship)
-    split: str = "test"  # split of the dataset
+    split: Literal["test", "train", "validation", "all"] = "test"  # all: every image, as of a test folder of your own
     scenes: tuple[str, ...] = ()  # scenes to evaluate (none named: the paper's eight where they are, else all)
     crop: int = 0  # px of the centre that is evaluated; 0: the whole image
     limit: int = 0  # images a scene at most; 0: all

@@ -636,9 +636,10 @@ class Images:
         return torch.where(share < 1 / 16, (255 * calm).round() / 255, crops)
 
 def load_images(dataset: str, split: str, scenes: tuple, min_side: int, device: torch.device) -> Images:
-    """One split; a missing test split is replaced by validation, or by the last 20% of each scene by name.
+    """One split, or "all"; a missing test split is validation, or the last 20% of each scene by name.
     Broken images, and those of more than 8 bits or a side below `min_side` px, are named and left out."""
     rows, title = find_images(dataset)
+    rows = [("all", *row[1:]) for row in rows] if split == "all" else rows
     splits, source, skipped = {row[0] for row in rows}, split, []
     if split == "test" and "test" not in splits:
         source = "validation" if "validation" in splits else "train"

@@ -481,8 +481,8 @@ def main(args: Args) -> None:
     orl.check_bounds(replace(args, nodata=None), window=(1, np.inf))  # any number may be a hole
     if not args.paths:
         orl.stop("name LR images or folders")
-    if args.output and Path(args.output).is_file():
-        orl.stop(f"--output {args.output} is a file; name a folder")
+    if args.output and (Path(args.output).is_file() or Path(args.output).suffix in SUFFIX.values()):
+        orl.stop(f"--output {args.output} is a file's name; name a folder, in which the results are NAME_sr.*")
     if args.scale and not 0 < abs(args.scale[1] - args.scale[0]) < np.inf:
         orl.stop("--scale takes two different numbers, the values of black and white")
     files, began, failed = list_files(args), time.time(), 0  # bad input speaks before anything is loaded

@@ -267,6 +267,8 @@ def test_a_split_that_is_missing_is_replaced_by_what_is_said(tmp_path, capsys):
     assert len(load(tmp_path / "lone", "test").files) == 10  # it is the test split, whole
     with stops_with(capsys, tmp_path / "lone", "train"):
         load(tmp_path / "lone", "train")
+    every = {"alone": 20, "val": 2, "lone": 10}
+    assert {name: len(load(tmp_path / name, "all").files) for name in every} == every
 
 
 def test_a_folder_of_images_without_scenes_is_one_scene_named_after_it(tmp_path):

@@ -503,7 +503,7 @@ def test_two_images_never_become_one_result(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("paths, flags, words", [
     ((), {}, "name LR images"), (("missing.png",), {}, "no such file"), (("empty",), {}, "no image in this folder"),
     (("empty",), {"scale": (5.0, 5.0)}, "two different numbers"), (("empty",), {"window": 0}, "--window"),
-    (("empty",), {"output": __file__}, "is a file; name a folder"),
+    (("empty",), {"output": __file__}, "name a folder"), (("empty",), {"output": "result.png"}, "name a folder"),
 ])  # fmt: skip
 def test_bad_input_is_named_before_anything_is_loaded(tmp_path, monkeypatch, capsys, paths, flags, words):
     (tmp_path / "empty").mkdir()
