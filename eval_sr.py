@@ -392,7 +392,8 @@ def main(args: Args) -> None:
     if args.dataset is None and saved["title"] != dataset and not orl.locate(dataset).is_dir():
         print(f"data: the agent's own images ({saved['title']}) are not at {dataset}: these are the scenes that ship")
         dataset = orl.Args.dataset
-    images = orl.load_images(dataset, args.split, args.scenes, max(41, 4 * ldm.stride, args.crop), device)
+    least = -(-orl.LEAST_CROP // (4 * ldm.stride)) * 4 * ldm.stride  # images are cut to a multiple of 4 * ldm.stride
+    images = orl.load_images(dataset, args.split, args.scenes, max(least, args.crop), device)
     of_scene = [[i for i, label in enumerate(images.labels) if label == k] for k in range(len(images.scenes))]
     indices = [i for group in of_scene for i in group[: args.limit or None]]
 

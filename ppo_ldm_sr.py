@@ -589,14 +589,14 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
         stop(f"--dataset {dataset}: no such folder; give a folder split/scene/*.jpg or a Hub name owner/name")
     files = [file for depth in range(6) for file in glob.glob("*/" * depth + "*", root_dir=root)]
     files = sorted((Path(file) for file in files if file.lower().endswith(IMG_EXTENSIONS)), reverse=True)
-    top = Path(os.path.commonpath([file.parent for file in files] or [""]))
-    while any(name.lower() in SPLITS for name in top.parts):
-        top = top.parent  # archives add a folder or two, but a lone test/ is a split
-    for path, file in {(root / file).resolve(): file for file in files}.items():
-        folders = file.relative_to(top).parts[:-1]
+    for path, (*folders, file) in {(root / file).resolve(): file.parts for file in files}.items():
         split = next((name for name in folders if name.lower() in SPLITS), "")
-        scene = next((name for name in folders if name != split), (root / top).name)
-        rows.append((split, scene, file.name, path.read_bytes))
+        rows.append((split, [name for name in folders if name != split], file, path.read_bytes))
+    beside = [] if any(root.rglob("*.parquet")) else rows  # a picture beside tables is their README's
+    rows = [row for row in rows if row[0]] or [row for row in rows if row[1]] or beside
+    common = os.path.commonprefix([row[1] for row in rows])  # folders that archives add
+    last = (common or [root.resolve().name])[-1:]
+    rows = [(split, (names[len(common) :] or last)[0], *rest) for split, names, *rest in rows]
     try:
         rows = rows or [*rows_of_tables(dataset, root)]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -660,7 +660,7 @@ def load_images(dataset: str, split: str, scenes: tuple, min_side: int, device: 
                 images.pixels.append(read_image(read(), min_side).to(device))
                 images.labels.append(k)
                 images.files.append(file)
-            except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
                 skipped.append(f"{scene}/{file} ({error})")
     if skipped:
         print(f"data: skipped {len(skipped)} unusable image(s), such as {', '.join(skipped[:5])}")

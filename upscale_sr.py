@@ -144,11 +144,14 @@ class Scene:
         holes are that nothing declares, and which values are black and white."""
         values, valid, alpha = self.fetch(step=max(1, int((self.height * self.width / 1e6) ** 0.5)))
         if alpha is not None and not self.picture:
-            if ((alpha > 0) & (alpha < np.iinfo(alpha.dtype).max)).mean() < 0.01:
+            if ((alpha > 0) & (alpha < alpha.max())).mean() < 0.01:
                 self.notes.append(f"band {self.alpha} is taken for alpha")
             else:  # near infrared, say: GDAL marks the fourth of four 8-bit bands so by itself
                 self.notes.append(f"left out: band {self.alpha}, marked alpha, but of more than two values")
-                self.alpha, self.use_mask, valid = None, False, np.ones_like(valid)
+                self.alpha, flags = None, self.source.mask_flag_enums[0]
+                if MaskFlags.alpha in flags:
+                    self.use_mask, valid = False, np.ones_like(valid)
+                self.masked = self.use_mask and MaskFlags.per_dataset in flags
         empty = (~values.any(0)).mean()
         if empty > 0.01 and not self.use_mask and not self.picture and self.args.nodata is None:
             self.zeros, valid = True, valid & values.any(0)

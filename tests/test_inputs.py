@@ -237,6 +237,16 @@ def test_hidden_folders_empty_classes_and_what_lies_beside_the_splits_are_left_o
     assert "unusable" not in capsys.readouterr().out
 
 
+def test_folders_that_archives_add_and_pictures_beside_the_scenes_make_no_scene(tmp_path):
+    files = [f"{split}/{{}}{scene}/{i}.png" for split in ("train", "test") for scene in ("river", "sea") for i in (0, 1)]
+    for name, added in {"within": "images/", "without": ""}.items():
+        tree(tmp_path / name, *(file.format(added) for file in files))
+        assert load(tmp_path / name, "train").scenes == ["river", "sea"]
+    tree(tmp_path / "stray", "preview.png", *(f"UCMerced/Images/{k}/{i}.png" for k in ("river", "sea") for i in range(5)))
+    images = load(tmp_path / "stray", "train")
+    assert images.scenes == ["river", "sea"] and len(images.files) == 8
+
+
 def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     """In a process of its own, so that a walk without end is a failure and not a standstill."""
     tree(tmp_path, "real/a/river/0.png", "real/b/river/1.png")
@@ -305,6 +315,8 @@ def test_the_papers_eight_scenes_are_known_by_other_spellings_and_taken_alone(tm
 def test_a_local_copy_of_a_hub_dataset_loads(tmp_path, form):
     data = hub_dataset({"train": 5, "test": 2}, scenes=("Sea Ice", "机场"))
     data.save_to_disk(tmp_path) if form == "save_to_disk" else as_parquet(data, tmp_path)
+    if form == "parquet":
+        picture().save(tmp_path / "thumbnail.png")  # of its README
     train, test = load(tmp_path, "train"), load(tmp_path, "test")
     assert (len(train.files), len(test.files)) == (10, 4) and train.scenes == test.scenes == ["sea_ice", "机场"]
     expected = [row["image"] for k in (0, 1) for row in data["train"] if row["label"] == k]

@@ -272,8 +272,13 @@ def test_an_alpha_band_of_a_raster_is_one_only_where_its_values_say_so(tiny, tmp
     line, sr = result(tiny, tmp_path / "naip.tif")
     assert sr.count == 3 and "left out: band 4, marked alpha" in line
     assert np.abs(half_again(sr.read()) - values[:3])[:, 12:28, 12:38].mean() < 3
+    values[:, :8, :8] = 255
+    _, sr = result(tiny, raster(tmp_path / "declared.tif", values, nodata=255))
+    assert (sr.read_masks(1)[:32, :32] == 0).all() and sr.read_masks(1).mean() > 200  # and its holes are holes
     values[3] = np.where(values[3] > 0, 255, 0)
     line, sr = result(tiny, raster(tmp_path / "alpha.tif", values))
+    assert "band 4 is taken for alpha" in line and np.array_equal(sr.read(4), four_times(values[3]))
+    line, sr = result(tiny, raster(tmp_path / "float.tif", values.astype(np.float32), photometric="rgb", alpha="yes"))
     assert "band 4 is taken for alpha" in line and np.array_equal(sr.read(4), four_times(values[3]))
 
 
