@@ -70,7 +70,7 @@ class Args:
     seed: int = 0  # seed of the noise
     # the images and their sensor
     dataset: str | None = None  # image folder or Hub name (None: the agent's own, or the scenes that ship)
-    split: Literal["test", "train", "validation", "all"] = "test"  # all: every image, as of a test folder of your own
+    split: Literal["test", "train", "validation", "all"] = "test"  # all: all splits, as of a test folder of your own
     scenes: tuple[str, ...] = ()  # scenes to evaluate (none named: the paper's eight where they are, else all)
     crop: int = 0  # px of the centre that is evaluated; 0: the whole image
     limit: int = 0  # images a scene at most; 0: all
@@ -323,14 +323,14 @@ def difference(settings: dict, before: dict) -> str:
 
 def output_folder(run: Path, settings: dict, own: dict) -> Path:
     """The run folder, or one beside it for other images or another sensor than the agent's own. Where that holds a
-    table of other settings, what differs is added to the name."""
+    table of other settings or images, what differs is added to the name; older tables do not say their content."""
     kinds = {k: settings[k] for k in ("images", "sensor")}
     named = run.with_name(f"{run.name}_on{difference({'images': settings['images']}, {})}")
     home = run
     if not kinds.items() <= own.items():
         home = named.with_name(named.name + difference({"sensor": settings["sensor"]}, own))
     before = settings_in(home)
-    differs = "" if before is None else difference(settings, before or own | kinds)
+    differs = "" if before is None else difference(settings, {"content": settings["content"]} | (before or own | kinds))
     beside = named if home == run else home
     return beside.with_name(beside.name + differs) if differs else home
 
@@ -398,10 +398,11 @@ def main(args: Args) -> None:
     indices = [i for group in of_scene for i in group[: args.limit or None]]
 
     # Where it is written
-    settings = {"images": images.title, "sensor": name_of(sensor), "split": args.split}
+    content = orl.digest([images.files, [int(image.sum()) for image in images.pixels]])
+    settings = {"images": images.title, "content": content, "sensor": name_of(sensor), "split": args.split}
     settings |= {"scenes": sorted(args.scenes), "crop": args.crop, "limit": args.limit, "seed": args.seed}
-    own = {"images": saved["title"], "sensor": name_of(own_sensor), "split": "test", "scenes": []}
-    own |= {"crop": 0, "limit": 0, "seed": 0}
+    own = {"images": saved["title"], "sensor": name_of(own_sensor), "split": "test", "scenes": [], "crop": 0}
+    own |= {"limit": 0, "seed": 0}
     folders = {"--output": Path(args.output) if args.output else output_folder(run, settings, own)}
     folders |= {"--save-images": Path(args.save_images)} if args.save_images else {}
     for flag, folder in folders.items():  # before hours of measuring, not after them

@@ -47,6 +47,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image
+from pyarrow import parquet
 from torch import nn
 from torch.distributions import Normal
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -543,6 +544,10 @@ PAPER_SCENES = ("commercial_area", "dense_residential", "desert", "forest", "ind
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 
+def split_of(name: str) -> str | None:
+    """The split that a folder or table of this name is: test of Test, testing, testset and test_images."""
+    return SPLITS.get(re.sub(r"[\W_]*(images?|imgs?|set|data)$", "", name.lower()))
+
 def read_image(content: bytes, min_side: int = 1) -> torch.Tensor:
     """A file's bytes -> uint8 (3, H, W); ValueError for more than 8 bits, which Pillow may show as 8."""
     image = Image.open(io.BytesIO(content))
@@ -556,7 +561,7 @@ def read_image(content: bytes, min_side: int = 1) -> torch.Tensor:
 
 def read_row(table, i: int) -> bytes:
     """The image file of row i: in the table, or beside it, as in a Hub repository of image files."""
-    image = table[i]["image"]
+    image = table[i]["image"] or {"bytes": b"null"}  # which is named as unusable
     return image["bytes"] or Path(image["path"]).read_bytes()
 
 def rows_of_tables(name: str, root: Path):
@@ -590,20 +595,22 @@ def find_images(dataset: str) -> tuple[list[tuple], str]:
     files = [file for depth in range(6) for file in glob.glob("*/" * depth + "*", root_dir=root)]
     files = sorted((Path(file) for file in files if file.lower().endswith(IMG_EXTENSIONS)), reverse=True)
     for path, (*folders, file) in {(root / file).resolve(): file.parts for file in files}.items():
-        split = next((name for name in folders if name.lower() in SPLITS), "")
+        split = next((name for name in folders if split_of(name)), "")
         rows.append((split, [name for name in folders if name != split], file, path.read_bytes))
-    beside = [] if any(root.rglob("*.parquet")) else rows  # a picture beside tables is their README's
-    rows = [row for row in rows if row[0]] or [row for row in rows if row[1]] or beside
-    common = os.path.commonprefix([row[1] for row in rows])  # folders that archives add
+    rows = [row for row in rows if row[0]] or rows
+    common = os.path.commonprefix([row[1] for row in rows if row[1]])  # folders that archives add
     last = (common or [root.resolve().name])[-1:]
     rows = [(split, (names[len(common) :] or last)[0], *rest) for split, names, *rest in rows]
     try:
+        # Beside tables of images, pictures in no split's folder are those of a README.
+        if any("image" in parquet.read_schema(file).names for file in root.rglob("*.parquet")):
+            rows = [row for row in rows if row[0]]
         rows = rows or [*rows_of_tables(dataset, root)]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        what = "no image or table" if root.is_dir() else "no such folder; neither Hub nor cache has it"
+        what = "no readable image" if root.is_dir() else "no such folder; neither Hub nor cache has it"
         stop(f"--dataset {dataset}: {what}; give a folder split/scene/*.jpg: {error}")
-    any_split = any(row[0].lower() in SPLITS for row in rows)
-    rows = [(SPLITS.get(split.lower()) if any_split else "train", *rest) for split, *rest in rows]
+    any_split = any(split_of(row[0]) for row in rows)
+    rows = [(split_of(split) if any_split else "train", *rest) for split, *rest in rows]
     snake = partial(re.sub, r"[\W_]+|(?<=[a-z])(?=[A-Z])", "_")  # of Commercial Area and CommercialArea
     rows = [(split, snake(scene).strip("_").lower(), *rest) for split, scene, *rest in rows if split]
     title = (root / "TITLE").read_text("utf-8").strip() if (root / "TITLE").is_file() else root.resolve().name
@@ -660,14 +667,14 @@ def load_images(dataset: str, split: str, scenes: tuple, min_side: int, device: 
                 images.pixels.append(read_image(read(), min_side).to(device))
                 images.labels.append(k)
                 images.files.append(file)
-            except (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
                 skipped.append(f"{scene}/{file} ({error})")
     if skipped:
         print(f"data: skipped {len(skipped)} unusable image(s), such as {', '.join(skipped[:5])}")
     counts = {scene: images.labels.count(k) for k, scene in enumerate(images.scenes)}
     if not images.files or (scenes and not all(counts.values())):
         empty = [scene for scene in counts if not counts[scene]] if scenes else "any scene"
-        stop(f"--dataset {dataset}: no usable image of {empty} to {split} on; it has {splits}, {found}")
+        stop(f"--dataset {dataset}: no usable image of {empty} in {split}; it has {splits}, {found}")
     of = f"{len(counts)} of {len(found)} scene(s)"
     print(f"data: {title}, {split}: {len(images.files)} images, {of}: {counts}")
     return images

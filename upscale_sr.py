@@ -115,6 +115,8 @@ class Scene:
         """A picture of 8 bits as rasterio's dataset of 1 to 4 bands; None where rasterio reads the file by rows."""
         if self.placed.driver not in ("PNG", "JPEG", "GIF", "WEBP", "BMP") or self.placed.dtypes[0] != "uint8":
             return None
+        if self.placed.driver == "JPEG" and self.placed.mask_flag_enums[0] != [MaskFlags.all_valid]:
+            return None  # Pillow sees neither its mask nor the nodata of its .aux.xml
         image = Image.open(file)
         grey, profile = image.mode in ("1", "L", "LA"), image.info.get("icc_profile")
         if (frames := getattr(image, "n_frames", 1)) > 1:
@@ -143,11 +145,12 @@ class Scene:
         """Looks at a million pixels spread over the scene, at full resolution: whether the alpha band is one, where
         holes are that nothing declares, and which values are black and white."""
         values, valid, alpha = self.fetch(step=max(1, int((self.height * self.width / 1e6) ** 0.5)))
-        if alpha is not None and not self.picture:
+        if alpha is not None and self.placed.driver != "PNG":
             if ((alpha > 0) & (alpha < alpha.max())).mean() < 0.01:
                 self.notes.append(f"band {self.alpha} is taken for alpha")
             else:  # near infrared, say: GDAL marks the fourth of four 8-bit bands so by itself
-                self.notes.append(f"left out: band {self.alpha}, marked alpha, but of more than two values")
+                if self.alpha not in self.bands:
+                    self.notes.append(f"left out: band {self.alpha}, marked alpha, but of more than two values")
                 self.alpha, flags = None, self.source.mask_flag_enums[0]
                 if MaskFlags.alpha in flags:
                     self.use_mask, valid = False, np.ones_like(valid)

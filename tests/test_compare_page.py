@@ -42,6 +42,8 @@ def test_the_page_is_one_file_that_asks_for_nothing_from_a_network(saved_images)
     assert one["size"] == [48, 48] and one["figures"]["agent"] == ["20.13", "0.500", "n/a"]
     content = base64.b64decode(one["pixels"]["agent"].split(",")[1])
     assert content == (saved_images / "agent/river/a.png").read_bytes()  # the original pixels
+    shutil.copy(saved_images / "agent/river/a.png", saved_images / "agent/river/old.png")  # of an earlier table
+    assert "6 images of 3 methods" in run(TOOLS / "compare_page.py", saved_images)
 
 
 def test_a_folder_without_images_is_refused_in_one_sentence(tmp_path):

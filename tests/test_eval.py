@@ -221,6 +221,9 @@ def test_a_second_table_under_other_settings_does_not_replace_the_first(
     eval_sr.main(replace(args, seed=1))
     assert (tmp_path / f"run_on_{image_folder.name}_seed1/table.csv").is_file()
     assert (run / "table.csv").read_bytes() == first
+    shutil.copytree(image_folder / "train", tmp_path / image_folder.name / "test")  # others, in a folder of this name
+    eval_sr.main(replace(args, dataset=str(tmp_path / image_folder.name)))
+    assert (run / "table.csv").read_bytes() == first
     capsys.readouterr()
     eval_sr.main(replace(args, limit=1, output=str(run)))  # the user's own wish is fulfilled, and it is said
     assert "replaced" in capsys.readouterr().out and (run / "table.csv").read_bytes() != first

@@ -243,8 +243,19 @@ def test_folders_that_archives_add_and_pictures_beside_the_scenes_make_no_scene(
         tree(tmp_path / name, *(file.format(added) for file in files))
         assert load(tmp_path / name, "train").scenes == ["river", "sea"]
     tree(tmp_path / "stray", "preview.png", *(f"UCMerced/Images/{k}/{i}.png" for k in ("river", "sea") for i in range(5)))
-    images = load(tmp_path / "stray", "train")
-    assert images.scenes == ["river", "sea"] and len(images.files) == 8
+    images = load(tmp_path / "stray", "all")
+    assert {"river", "sea"} < {*images.scenes} and len(images.scenes) == 3 and len(images.files) == 11
+    tree(tmp_path / "flat", *(f"{i}.png" for i in range(10)), "thumbnails/a.png")
+    assert len(load(tmp_path / "flat", "all").files) == 11  # nothing is lost
+
+
+@pytest.mark.parametrize("train, test", [("train_images", "test_images"), ("TrainSet", "Test-Set"), ("training", "testdata")])
+def test_folders_that_are_called_train_images_and_testset_are_splits(tmp_path, train, test):
+    tree(tmp_path, *(f"{split}/{k}/{i}.png" for split in (train, test) for k in ("river", "sea") for i in (0, 1)))
+    for split, name in (("train", train), ("test", test)):
+        files = sorted((tmp_path / name).rglob("*.png"))
+        expected = [np.array(Image.open(file)).transpose(2, 0, 1).tobytes() for file in files]
+        assert [p.numpy().tobytes() for p in load(tmp_path, split).pixels] == expected
 
 
 def test_links_to_folders_are_followed_and_loops_end(tmp_path):
@@ -316,7 +327,7 @@ def test_a_local_copy_of_a_hub_dataset_loads(tmp_path, form):
     data = hub_dataset({"train": 5, "test": 2}, scenes=("Sea Ice", "机场"))
     data.save_to_disk(tmp_path) if form == "save_to_disk" else as_parquet(data, tmp_path)
     if form == "parquet":
-        picture().save(tmp_path / "thumbnail.png")  # of its README
+        tree(tmp_path, "thumbnail.png", "assets/samples.png")  # of its README
     train, test = load(tmp_path, "train"), load(tmp_path, "test")
     assert (len(train.files), len(test.files)) == (10, 4) and train.scenes == test.scenes == ["sea_ice", "机场"]
     expected = [row["image"] for k in (0, 1) for row in data["train"] if row["label"] == k]

@@ -272,6 +272,8 @@ def test_an_alpha_band_of_a_raster_is_one_only_where_its_values_say_so(tiny, tmp
     line, sr = result(tiny, tmp_path / "naip.tif")
     assert sr.count == 3 and "left out: band 4, marked alpha" in line
     assert np.abs(half_again(sr.read()) - values[:3])[:, 12:28, 12:38].mean() < 3
+    line, _ = result(tiny, tmp_path / "naip.tif", bands=(4, 2, 1), overwrite=True)
+    assert "left out: band(s) 3" in line and "band 4" not in line
     values[:, :8, :8] = 255
     _, sr = result(tiny, raster(tmp_path / "declared.tif", values, nodata=255))
     assert (sr.read_masks(1)[:32, :32] == 0).all() and sr.read_masks(1).mean() > 200  # and its holes are holes
@@ -303,6 +305,10 @@ def test_a_mask_stays_a_mask_and_leaves_no_second_file(tiny, tmp_path, monkeypat
     _, sr = result(tiny, tmp_path / "a.tif", output=str(tmp_path / "out"), window=32)
     assert np.array_equal(sr.dataset_mask() > 0, four_times(mask > 0))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a_sr.tif"]
+    if dtype == "uint8":  # Pillow does not see the mask that GDAL writes behind a JPEG
+        rasterio.shutil.copy(tmp_path / "a.tif", tmp_path / "photo.jpg", driver="JPEG")
+        _, sr = result(tiny, tmp_path / "photo.jpg", output=str(tmp_path / "jpeg"))
+        assert np.array_equal(sr.dataset_mask() > 0, four_times(mask > 0))
 
 
 def test_a_colour_table_is_written_as_colours_and_its_holes_as_transparency(tiny, tmp_path):

@@ -125,9 +125,12 @@ def main(args: Args) -> None:
         print(f"error: {folder} holds no METHOD/SCENE/NAME.png; eval_sr.py --save-images {folder} writes them")
         sys.exit(2)
     figures, images, count = figures_of(folder), {}, 0
+    listed = {key[1:] for key in figures}
     for method in methods:
         for file in sorted(folder.glob(f"{method}/*/*.png")):
             scene, content = file.parent.name, file.read_bytes()
+            if listed and (scene, file.stem) not in listed:
+                continue  # it is of an earlier table
             one = images.setdefault(scene, {}).setdefault(file.stem, {"size": [0, 0], "pixels": {}, "figures": {}})
             size = [int.from_bytes(content[at : at + 4], "big") for at in (16, 20)]  # width and height, PNG's IHDR
             one["size"] = max(one["size"], size)  # LR is shown at the size of the others
